@@ -1,0 +1,110 @@
+"""The one thing a network asks of a weight matrix: multiply by it.
+
+The matrix is plain, or quantised and decoded anew for each use; rows of several kinds may lie on
+top of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .quant import Matrix, Quantised
+
+# Values decoded at a time. A fresh 50 MB tensor costs the processor more in page faults than its
+# decoding (Q4_K (5120, 2560) to float32, 64 tokens: 716 ms whole, 74 ms so), and little memory is
+# bound at once. On a card that memory is the reason, and launches want larger pieces.
+PIECE = 2**22
+DEVICE_PIECE = 2**24
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x Wᵀ + b with W as (out, in); a tuple holds rows of several kinds, from the top down."""
+
+    weight: Matrix | tuple[Matrix, ...]
+    bias: Tensor | None
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The weight's matrices, from the top down: one, unless rows of several kinds meet."""
+        return self.weight if isinstance(self.weight, tuple) else (self.weight,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What x should come in: the type of a plain weight, else that of the bias."""
+        tensors = [t for t in (*self.matrices, self.bias) if isinstance(t, Tensor)]
+        return tensors[0].dtype if tensors else torch.float32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out). Quantised weights are decoded to the type of x."""
+        results = [
+            result
+            for matrix, start, stop in self._spans()
+            for result in _products(x, matrix, None if self.bias is None else self.bias[start:stop])
+        ]
+        return results[0] if len(results) == 1 else torch.cat(results, -1)
+
+    def rows(self, start: int, stop: int) -> Linear:
+        """The part that makes outputs [start, stop); a view."""
+        kept = [
+            _rows(matrix, max(start - a, 0), stop - a)
+            for matrix, a, b in self._spans()
+            if a < stop and start < b
+        ]
+        bias = None if self.bias is None else self.bias[start:stop]
+        return Linear(kept[0] if len(kept) == 1 else tuple(kept), bias)
+
+    def _spans(self) -> Iterator[tuple[Matrix, int, int]]:
+        """Each matrix and the outputs [start, stop) it makes."""
+        start = 0
+        for matrix in self.matrices:
+            stop = start + matrix.shape[0]
+            yield matrix, start, stop
+            start = stop
+
+
+def stack(parts: list[Linear]) -> Linear:
+    """Put several matrices over the same input on top of each other.
+
+    Neighbours of one kind become one matrix, and one product makes all their outputs.
+    """
+    biases = [part.bias for part in parts]
+    bias = torch.cat([b for b in biases if b is not None]) if biases[0] is not None else None
+    matrices = [matrix for part in parts for matrix in part.matrices]
+    joined = [_join(list(run)) for _, run in groupby(matrices, _kind)]
+    return Linear(joined[0] if len(joined) == 1 else tuple(joined), bias)
+
+
+def _products(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Iterator[Tensor]:
+    """Multiply, a quantised matrix decoded in pieces: results that lie side by side."""
+    if isinstance(matrix, Tensor):
+        yield F.linear(x, matrix, bias)
+        return
+    rows, columns = matrix.shape
+    step = max(1, (PIECE if matrix.device.type == "cpu" else DEVICE_PIECE) // columns)
+    for start in range(0, max(rows, 1), step):
+        piece = matrix.rows(start, start + step).dequantise(x.dtype)
+        yield F.linear(x, piece, None if bias is None else bias[start : start + step])
+
+
+def _kind(matrix: Matrix) -> str:
+    return "" if isinstance(matrix, Tensor) else matrix.kind
+
+
+def _rows(matrix: Matrix, start: int, stop: int) -> Matrix:
+    return matrix[start:stop] if isinstance(matrix, Tensor) else matrix.rows(start, stop)
+
+
+def _join(run: list[Matrix]) -> Matrix:
+    """Concatenate the rows of matrices of one kind."""
+    if isinstance(run[0], Tensor):
+        return torch.cat([matrix for matrix in run if isinstance(matrix, Tensor)])
+    quantised = [matrix for matrix in run if isinstance(matrix, Quantised)]
+    shape = (sum(matrix.shape[0] for matrix in run), run[0].shape[1])
+    return Quantised(torch.cat([m.data for m in quantised]), run[0].kind, shape)

@@ -1,0 +1,194 @@
+"""The stages of a job on one card: text to embeddings, forwards, latents to frames.
+
+`CardStages` holds what a card has loaded. Every method is a pure function of its arguments, so any
+card with the weights can redo it; what is kept between calls only saves time. It does not know who
+calls, other cards, or Ray.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from reelpool.errors import OutOfDeviceMemory, WeightError
+
+from ..models.files import ModelFiles, open_model
+from ..models.text import TextEncoder
+from ..models.wan import Hidden
+from ..models.wan_vae import VaeState, WanVae, load_vae
+from .block_runner import BlockRunner, ForwardInput
+from .device import Card, torch_device
+from .results import key_of
+from .types import BlockCall, BlockRange, DecodeCall, ModelRef
+from .video import to_uint8
+from .wire import Packet, pack, unpack
+
+# A decode that starts in the middle is preceded by this many latent frames whose pixels are thrown
+# away: the decoder's memory is shorter than that (tests/runtime/test_stages.py, latents 1 to 47).
+WARM_UP_LATENTS = 40
+MAX_STREAMS = 2  # feature caches kept; one of a 720p video is gigabytes
+
+
+class CardStages:
+    """Everything one card runs. Not thread-safe. Owned by a Worker."""
+
+    def __init__(self, card: Card) -> None:
+        """Nothing is loaded until a call needs it."""
+        self.card = card
+        self.device = torch_device(card.name)
+        self._files: dict[str, ModelFiles] = {}
+        self._runners: dict[ModelRef, BlockRunner] = {}
+        self._text: dict[str, TextEncoder] = {}
+        self._vaes: dict[tuple[str, str], WanVae] = {}
+        self._streams: OrderedDict[str, tuple[int, VaeState]] = OrderedDict()
+
+    def files(self, model: ModelRef) -> ModelFiles:
+        """The opened model.
+
+        Raises:
+            WeightError: if this host's files differ from those the job was planned with.
+        """
+        if model.name not in self._files:
+            self._files[model.name] = open_model(model.name)
+        files = self._files[model.name]
+        if files.digest != model.digest:
+            raise WeightError(
+                str(files.folder),
+                f"files with digest {files.digest[:8]}",
+                f"{model.digest[:8]}, those of the machine that planned the job",
+                "copy the same model folder to every machine",
+            )
+        return files
+
+    def load_blocks(self, model: ModelRef, blocks: BlockRange) -> float:
+        """Bring a block range onto the card; returns seconds."""
+        return self._runner(model).load(blocks)
+
+    def encode_text(self, model: ModelRef, prompt: str) -> Packet:
+        """Encode a prompt: a packet with `prompt_embeds` (512, text_dim) float32.
+
+        The packet's `key` tells prompts apart.
+        """
+        files = self.files(model)
+        if files.digest not in self._text:
+            self._text[files.digest] = TextEncoder(
+                files.folder, files.spec.text, files.text_encoder, torch.float32, self.device
+            )
+        embeds = self._text[files.digest].encode(prompt)
+        return pack({"prompt_embeds": embeds}, {"key": prompt_key(model, prompt)})
+
+    def run_blocks(
+        self,
+        call: BlockCall,
+        inputs: Packet,
+        prompts: tuple[Packet, ...],
+        before_block: Callable[[int], None] = lambda index: None,
+    ) -> Packet:
+        """Run the forwards of a call over its block range; see BlockCall for the packets."""
+        tensors, _ = unpack(inputs)
+        forwards = []
+        for branch, packet in zip(call.branches, prompts, strict=True):
+            text, meta = unpack(packet)
+            hidden = None
+            if not call.blocks.is_first:
+                parts = (tensors[f"x.{branch}"], tensors["e"], tensors["e0"])
+                hidden = Hidden(*(self._own(part) for part in parts))
+            forwards.append(
+                ForwardInput(
+                    text_key=str(meta["key"]),
+                    prompt_embeds=text["prompt_embeds"],
+                    shape=call.shape,
+                    latents=tensors.get("latents"),
+                    timesteps=tensors.get("timesteps"),
+                    hidden=hidden,
+                )
+            )
+        results = self._runner(call.model).run(call.blocks, forwards, before_block)
+        named: dict[str, Tensor] = {}
+        for branch, result in zip(call.branches, results, strict=True):
+            if isinstance(result, Hidden):
+                named |= {f"x.{branch}": result.x, "e": result.e, "e0": result.e0}
+            else:
+                named[f"velocity.{branch}"] = result
+        return pack(named)
+
+    @torch.inference_mode()
+    def decode(self, call: DecodeCall, latents: Packet) -> Packet:
+        """Decode latent frames [start, stop): a packet with `frames` (n, H, W, 3) uint8."""
+        whole = unpack(latents)[0]["latents"].to(self.device)
+        vae = self._vae(call.model)
+        done, state = self._streams.pop(call.stream, (-1, None))
+        if done != call.start:
+            state = None
+            first = max(0, call.start - WARM_UP_LATENTS)
+            if first < call.start:
+                _, state = vae.decode(whole[:, :, first : call.start])
+        frames, state = vae.decode(whole[:, :, call.start : call.stop], state)
+        self._streams[call.stream] = (call.stop, state)
+        while len(self._streams) > MAX_STREAMS:
+            self._streams.popitem(last=False)
+        return pack({"frames": to_uint8(frames).cpu()})
+
+    def end_stream(self, stream: str) -> None:
+        """Drop a decode's feature cache."""
+        self._streams.pop(stream, None)
+
+    def free(self) -> None:
+        """Drop everything; the next call loads what it needs."""
+        for runner in self._runners.values():
+            runner.free()
+        self._runners.clear()
+        self._text.clear()
+        self._vaes.clear()
+        self._streams.clear()
+        if self.card.is_cuda:
+            torch.cuda.empty_cache()
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes held by each kind of thing."""
+        runners, vaes = self._runners.values(), self._vaes.values()
+        vae_weights = [p for vae in vaes for p in vae.parameters()]
+        return {
+            "transformer": sum(runner.weight_bytes for runner in runners),
+            "caches": sum(runner.cache_bytes for runner in runners),
+            "text_encoder": sum(text.num_bytes for text in self._text.values()),
+            "vae": sum(p.numel() * p.element_size() for p in vae_weights),
+            "vae_streams": sum(state.num_bytes for _, state in self._streams.values()),
+        }
+
+    def _runner(self, model: ModelRef) -> BlockRunner:
+        if model not in self._runners:
+            files = self.files(model)
+            self._runners[model] = BlockRunner(
+                files.spec.transformer, files.transformer, model.numerics, self.device
+            )
+        return self._runners[model]
+
+    def _vae(self, model: ModelRef) -> WanVae:
+        key = (model.digest, model.numerics.vae_dtype)
+        if key not in self._vaes:
+            files = self.files(model)
+            dtype = getattr(torch, model.numerics.vae_dtype)
+            self._vaes[key] = load_vae(files.spec.vae, files.vae, dtype, self.device)
+        return self._vaes[key]
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """A tensor of this card's that may be written: packets are views of read-only memory."""
+        moved = tensor.to(self.device)
+        return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
+
+
+def prompt_key(model: ModelRef, prompt: str) -> str:
+    """Digest that tells encoded prompts apart."""
+    return str(key_of("encode_text", prompt=prompt, model=model.digest))
+
+
+def memory_error(card: Card, what: str, error: Exception) -> OutOfDeviceMemory | None:
+    """The allocator's refusal as our own error; None if the error is something else."""
+    refused = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if refused or "allocate memory" in str(error):
+        return OutOfDeviceMemory(card.name, what, card.memory_bytes)
+    return None

@@ -1,0 +1,96 @@
+"""The nouns that cross process borders: frozen, small, free of torch.
+
+A *forward* is one evaluation of the transformer; a *route* is who evaluates it, in order; a *call*
+sends a tuple of forwards over one block range to one worker (ARCHITECTURE.md, "One idea").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..models.spec import LatentShape, NumericsProfile
+
+Branch = Literal["cond", "uncond"]
+
+
+@dataclass(frozen=True, order=True)
+class BlockRange:
+    """Consecutive transformer blocks [start, stop) of a model with `total` blocks.
+
+    The range that starts at 0 also enters (patch and time embedding); the one that ends at `total`
+    also leaves (head, un-patchify).
+    """
+
+    start: int
+    stop: int
+    total: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.start < self.stop <= self.total, self
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this range takes latents."""
+        return self.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this range gives velocities."""
+        return self.stop == self.total
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.stop}"
+
+
+@dataclass(frozen=True)
+class ForwardKey:
+    """Which forward of a job: the address of its velocity."""
+
+    job: str
+    step: int
+    branch: Branch
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model and how it is computed. Workers open it by name and compare the digest."""
+
+    name: str
+    digest: str
+    numerics: NumericsProfile
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Run one block range for the forwards of a step.
+
+    With it travel the input packet and, for each branch, the packet of its prompt (the same
+    reference in every step). The input holds `latents` and `timesteps` for the first range, else
+    `e`, `e0` and `x.<branch>`; the result holds `velocity.<branch>` after the last range, else the
+    same as the input of the next.
+    """
+
+    model: ModelRef
+    job: str
+    step: int
+    branches: tuple[Branch, ...]
+    blocks: BlockRange
+    shape: LatentShape
+
+
+@dataclass(frozen=True)
+class DecodeCall:
+    """Decode latent frames [start, stop) of a job's latents to pixels.
+
+    With it travels the packet of the whole latents. `stream` names the decode: a worker keeps the
+    stream's feature cache for the next call, and makes it anew if it has none.
+    """
+
+    model: ModelRef
+    stream: str
+    start: int
+    stop: int

@@ -1,0 +1,1 @@
+"""Many processes: see, price, plan, place, drive. The only user of Ray."""

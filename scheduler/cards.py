@@ -1,0 +1,19 @@
+"""A pool's cards as the planner sees them: plain numbers, free of Ray and torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PoolCard:
+    """One worker's card.
+
+    worker: its name in routes. memory_bytes: what it may use. dtypes: what it computes in.
+    """
+
+    worker: str
+    host: str
+    memory_bytes: int
+    dtypes: tuple[str, ...]
+    default_dtype: str

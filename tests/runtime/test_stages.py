@@ -1,0 +1,158 @@
+"""A card's stages: text, decode as a stream, what is held."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reelpool.errors import WeightError
+from reelpool.models.files import open_model
+from reelpool.models.spec import LatentShape
+from reelpool.runtime.device import cpu_card
+from reelpool.runtime.stages import (
+    MAX_STREAMS,
+    WARM_UP_LATENTS,
+    CardStages,
+    memory_error,
+    prompt_key,
+)
+from reelpool.runtime.types import BlockCall, BlockRange, DecodeCall, ModelRef
+from reelpool.runtime.wire import from_bytes, pack, to_bytes, unpack
+from tests.tiny_models import FLOAT32, TEXT_DIM, latents_of
+
+NUM_LATENTS = WARM_UP_LATENTS + 8
+LATENTS = latents_of(LatentShape(4, NUM_LATENTS, 2, 2))
+PACKET = pack({"latents": LATENTS})
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return ModelRef(str(tiny_model), open_model(str(tiny_model)).digest, FLOAT32)
+
+
+@pytest.fixture
+def stages():
+    return CardStages(cpu_card(0))
+
+
+def decode(stages, model, start, stop, stream="job"):
+    return unpack(stages.decode(DecodeCall(model, stream, start, stop), PACKET))[0]["frames"]
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    """(T, H, W, 3) uint8: all latents in one call."""
+    frames = decode(CardStages(cpu_card(0)), model, 0, NUM_LATENTS)
+    assert frames.shape == (4 * NUM_LATENTS - 3, 16, 16, 3)
+    assert frames.dtype == torch.uint8
+    assert frames.float().std() > 10
+    return frames
+
+
+def pixels(start, stop):
+    """Frames of latents [start, stop)."""
+    return slice(max(0, 4 * start - 3), 4 * stop - 3)
+
+
+@pytest.mark.parametrize("cuts", [[1], [4, 8, 12], [3, 4, 5, 41], [NUM_LATENTS - 1]], ids=str)
+def test_decode_in_any_calls_gives_the_bits_of_one(stages, model, whole, cuts):
+    bounds = zip([0, *cuts], [*cuts, NUM_LATENTS], strict=True)
+    parts = [decode(stages, model, *bound) for bound in bounds]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("start", [1, 12, WARM_UP_LATENTS, WARM_UP_LATENTS + 1, NUM_LATENTS - 1])
+def test_another_card_takes_a_stream_over_with_the_same_bits(stages, model, whole, start):
+    frames = decode(stages, model, start, start + 1)
+    assert torch.equal(frames, whole[pixels(start, start + 1)])
+    if start + 1 < NUM_LATENTS:
+        rest = decode(stages, model, start + 1, NUM_LATENTS)
+        assert torch.equal(rest, whole[pixels(start + 1, NUM_LATENTS)])
+
+
+def test_a_call_repeated_or_out_of_order_gives_the_same_bits(stages, model, whole):
+    for start, stop in [(0, 2), (2, 4), (2, 4), (0, 2), (6, 7), (4, 6)]:
+        assert torch.equal(decode(stages, model, start, stop), whole[pixels(start, stop)])
+
+
+def test_streams_do_not_mix_and_are_bounded(stages, model, whole):
+    names = [f"job-{index}" for index in range(MAX_STREAMS + 1)]
+    for start, stop in ((0, 2), (2, 4)):
+        for name in names:
+            frames = decode(stages, model, start, stop, name)
+            assert torch.equal(frames, whole[pixels(start, stop)])
+    assert list(stages._streams) == names[1:]
+    one = stages.held_bytes()["vae_streams"] // MAX_STREAMS
+    stages.end_stream(names[-1])
+    assert stages.held_bytes()["vae_streams"] == one
+    stages.end_stream("never begun")
+
+
+def test_held_bytes_count_what_is_loaded_and_free_drops_it(stages, model):
+    spec = open_model(model.name).spec
+    names = ("transformer", "caches", "text_encoder", "vae", "vae_streams")
+    assert stages.held_bytes() == dict.fromkeys(names, 0)
+    prompt = stages.encode_text(model, "a red ring")
+    assert stages.held_bytes()["text_encoder"] == 4 * spec.text.num_params
+    decode(stages, model, 0, 1)
+    held = stages.held_bytes()
+    assert held["vae"] > 0
+    assert held["vae_streams"] > 0
+    total = spec.transformer.num_layers
+    assert stages.load_blocks(model, BlockRange(0, total, total)) > 0
+    assert stages.held_bytes()["transformer"] == 4 * spec.transformer.num_params
+    shape = LatentShape(4, 2, 2, 2)
+    call = BlockCall(model, "job", 0, ("cond",), BlockRange(0, total, total), shape)
+    inputs = pack({"latents": latents_of(shape), "timesteps": torch.full((2,), 9.0)})
+    stages.run_blocks(call, inputs, (prompt,))
+    assert stages.held_bytes()["caches"] > 0
+    stages.free()
+    assert stages.held_bytes() == dict.fromkeys(names, 0)
+
+
+def test_encoded_text_travels_with_a_key_of_its_own(stages, model):
+    tensors, meta = unpack(stages.encode_text(model, "a red ring"))
+    assert tensors["prompt_embeds"].shape == (512, TEXT_DIM)
+    assert meta["key"] == prompt_key(model, "a red ring")
+    other = replace(model, digest="0" * 32)
+    keys = {prompt_key(model, "a red ring"), prompt_key(model, ""), prompt_key(other, "")}
+    assert len(keys) == 3
+
+
+def test_a_model_of_another_digest_is_refused(stages, model):
+    other = replace(model, digest="0" * 32)
+    for call in (
+        lambda: stages.files(other),
+        lambda: stages.encode_text(other, ""),
+        lambda: stages.load_blocks(other, BlockRange(0, 2, 2)),
+        lambda: decode(stages, other, 0, 1),
+    ):
+        with pytest.raises(WeightError, match="00000000, those of the machine that planned"):
+            call()
+    assert sum(stages.held_bytes().values()) == 0
+
+
+def test_read_only_hidden_states_are_left_alone(stages, model):
+    shape = LatentShape(4, 2, 4, 4)
+    prompt = (stages.encode_text(model, "a red ring"),)
+    inputs = pack({"latents": latents_of(shape), "timesteps": torch.full((2,), 9.0)})
+    first = BlockCall(model, "job", 0, ("cond",), BlockRange(0, 1, 2), shape)
+    hidden = from_bytes(to_bytes(stages.run_blocks(first, inputs, prompt)), 2**20)
+    assert not any(buffer.flags.writeable for buffer in hidden.buffers)
+    last = replace(first, blocks=BlockRange(1, 2, 2))
+    results = [unpack(stages.run_blocks(last, hidden, prompt))[0] for _ in range(2)]
+    assert torch.equal(results[0]["velocity.cond"], results[1]["velocity.cond"])
+
+
+def test_the_allocators_refusal_is_told_from_other_errors():
+    card = cpu_card(0, 2**20)
+    refusals = [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ]
+    for refusal in refusals:
+        error = memory_error(card, "a step", refusal)
+        assert "cpu:0 ran out of memory during a step (budget 1 MiB)" in str(error)
+    assert memory_error(card, "a step", RuntimeError("shapes do not match")) is None
