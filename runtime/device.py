@@ -48,6 +48,16 @@ def detect_host() -> Host:
     return Host(socket.gethostname(), memory.total, memory.available, cores or 1)
 
 
+def compute_threads() -> int:
+    """CPU threads that this host's cards may share: OMP_NUM_THREADS if set, else the cores.
+
+    The bits of oneDNN's convolutions depend on it (3 threads differ from 1, 2, 4 and 8 on an EPYC
+    with AVX-512), so CPU cards are of one kind only with equal numbers of threads.
+    """
+    stated = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(stated) if stated.isdecimal() and int(stated) else detect_host().num_cores
+
+
 def detect_cards() -> tuple[Card, ...]:
     """CUDA cards as the driver reports them; else the CPU as one card."""
     cards = _cuda_cards() if torch.cuda.is_available() else ()

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from ..runtime.device import Card, cpu_card, default_dtype, detect_cards, detect_host
+from ..runtime.device import (
+    Card,
+    compute_threads,
+    cpu_card,
+    default_dtype,
+    detect_cards,
+    detect_host,
+)
 from .cards import PoolCard
 from .events import Emit, PoolStarting
 from .pool import InProcessPool, WorkerPool
@@ -33,13 +40,13 @@ def open_pool(text: str, emit: Emit) -> WorkerPool:
     spec = parse_pool(text)
     cards = _cards(spec)
     emit(PoolStarting(text, len(cards)))
-    cores = detect_host().num_cores
+    threads = compute_threads()
     if _in_process(spec, cards):
-        return InProcessPool(cards[0], cores, emit)
+        return InProcessPool(cards[0], threads, emit)
     set_ray_environment()
     from .ray_pool import RayPool  # takes a second, reads the environment, and one card needs none
 
-    return RayPool(cards, max(1, cores // len(cards)), spec.memory_bytes is not None, emit)
+    return RayPool(cards, max(1, threads // len(cards)), spec.memory_bytes is not None, emit)
 
 
 def pool_card(worker: str, host: str, card: Card) -> PoolCard:

@@ -11,6 +11,7 @@ import torch
 
 from reelpool.runtime.device import (
     Card,
+    compute_threads,
     cpu_card,
     default_dtype,
     detect_cards,
@@ -93,3 +94,11 @@ def test_compute_type_of_a_card(card, dtype):
 def test_torch_device_of_a_card():
     assert torch_device("cpu:3") == torch.device("cpu")
     assert torch_device("cuda:1") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("stated", "threads"), [("3", 3), ("4,2", 4), ("0", None), ("many", None), ("", None)]
+)
+def test_threads_are_the_stated_ones_or_the_cores(monkeypatch, stated, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", stated)
+    assert compute_threads() == (threads or detect_host().num_cores)

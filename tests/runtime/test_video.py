@@ -62,6 +62,17 @@ def test_plain_colours_stay_what_they_are(tmp_path):
         assert (context.colorspace, context.color_range, context.pix_fmt) == (1, 1, "yuv420p")
 
 
+def test_the_same_frames_give_the_same_bytes(tmp_path):
+    # with the macroblock tree and other work on the cores, one encoding in three differed
+    blocks = np.random.default_rng(0).integers(0, 255, (17, 8, 8, 3), dtype=np.uint8)
+    frames = blocks.repeat(8, axis=1).repeat(8, axis=2)
+    files = set()
+    for _ in range(40):
+        write(tmp_path / "a.mp4", frames)
+        files.add((tmp_path / "a.mp4").read_bytes())
+    assert len(files) == 1
+
+
 def test_the_job_travels_in_the_file(tmp_path):
     job = {"prompt": 'ein "Bär" 🐻\n; = # \\', "job": json.dumps({"steps": 30, "x": ["y"] * 9999})}
     write(tmp_path / "a.mp4", clip(2, 16, 16), metadata=job)
