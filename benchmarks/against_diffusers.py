@@ -71,7 +71,7 @@ class Case:
 
 def cases() -> Iterator[Case]:
     for dtype in ("float32", "bfloat16"):
-        yield Case(1280, dtype, layers=8, rounds=3, profiled=True)
+        yield Case(1280, dtype, layers=30, rounds=3, profiled=True)
         yield Case(1280, dtype, layers=8, rounds=3, threads=1)
         yield Case(1280, dtype, layers=8, rounds=3, rows=512)
         yield Case(7168, dtype, layers=2, rounds=3, profiled=True)

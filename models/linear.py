@@ -21,6 +21,9 @@ from .quant import Matrix, Quantised
 # bound at once. On a card that memory is the reason, and launches want larger pieces.
 PIECE = 2**22
 DEVICE_PIECE = 2**24
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,34 @@ def stack(parts: list[Linear]) -> Linear:
     return Linear(joined[0] if len(joined) == 1 else tuple(joined), bias)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X Wᵀ + b, (..., in) to (..., out), by the fastest kernel there is.
+
+    torch multiplies float32 on a CPU by MKL, which leaves AVX-512 unused on AMD's: oneDNN takes
+    0.45 of its time there (EPYC, 2 threads, 1280 x 1536 x 4608: 37 instead of 83 ms).
+    """
+    if (
+        _HAS_ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel()
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    ):
+        done: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return done
+    return F.linear(x, weight, bias)
+
+
 def _products(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Iterator[Tensor]:
     """Multiply, a quantised matrix decoded in pieces: results that lie side by side."""
     if isinstance(matrix, Tensor):
-        yield F.linear(x, matrix, bias)
+        yield product(x, matrix, bias)
         return
     rows, columns = matrix.shape
     step = max(1, (PIECE if matrix.device.type == "cpu" else DEVICE_PIECE) // columns)
     for start in range(0, max(rows, 1), step):
         piece = matrix.rows(start, start + step).dequantise(x.dtype)
-        yield F.linear(x, piece, None if bias is None else bias[start : start + step])
+        yield product(x, piece, None if bias is None else bias[start : start + step])
 
 
 def _kind(matrix: Matrix) -> str:
