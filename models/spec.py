@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 TEXT_LENGTH = 512  # rows the transformer cross-attends, padding included (Wan pads always)
 
@@ -63,6 +64,12 @@ class TransformerSpec:
     """Shape of a Wan diffusion transformer.
 
     `dim = num_heads * head_dim`; all linear layers of a block have biases.
+
+    image_dim: width of the image encoder's features that every block attends to beside the text
+        (Wan 2.1 image to video: 1280); 0 without.
+    image_positions: rows of the learned table added to those features (first and last frame: 514);
+        0 without.
+    fps_embedding: whether the frame rate is embedded (SkyReels-V2 with `inject_sample_info`).
     """
 
     num_heads: int
@@ -76,6 +83,9 @@ class TransformerSpec:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     cross_norm: bool = True
+    image_dim: int = 0
+    image_positions: int = 0
+    fps_embedding: bool = False
 
     @property
     def dim(self) -> int:
@@ -84,10 +94,13 @@ class TransformerSpec:
 
     @property
     def block_params(self) -> int:
-        """Parameters of one block: 8 attention matrices, 2 FFN matrices, norms, modulation."""
+        """Parameters of one block: attention and FFN matrices, norms, modulation.
+
+        8 attention matrices, 10 with keys and values of an image; 2 of the FFN.
+        """
         d, f = self.dim, self.ffn_dim
-        matrices = 8 * (d * d + d) + 2 * d * f + d + f
-        norms = 4 * d + (2 * d if self.cross_norm else 0)
+        matrices = (10 if self.image_dim else 8) * (d * d + d) + 2 * d * f + d + f
+        norms = (5 if self.image_dim else 4) * d + (2 * d if self.cross_norm else 0)
         return matrices + norms + 6 * d
 
     @property
@@ -105,7 +118,17 @@ class TransformerSpec:
             + (d * 6 * d + 6 * d)
             + (d * self.out_channels * patch + self.out_channels * patch)
             + 2 * d
+            + self._image_params
+            + (2 * d + (d * d + d) + (d * 6 * d + 6 * d) if self.fps_embedding else 0)
         )
+
+    @property
+    def _image_params(self) -> int:
+        """Parameters that bring image features to the model's width: two norms, two layers."""
+        if not self.image_dim:
+            return 0
+        i, d = self.image_dim, self.dim
+        return self.image_positions * i + 2 * i + (i * i + i) + (i * d + d) + 2 * d
 
     @property
     def num_params(self) -> int:
@@ -195,6 +218,33 @@ class TextSpec:
 
 
 @dataclass(frozen=True)
+class ImageEncoderSpec:
+    """Shape of the CLIP vision tower (ViT-H/14 of Wan 2.1's image-to-video models).
+
+    The features are the hidden states after all blocks but the last, without a final norm.
+    """
+
+    dim: int = 1280
+    num_layers: int = 32
+    num_heads: int = 16
+    ffn_dim: int = 5120
+    image_size: int = 224
+    patch_size: int = 14
+    activation: str = "gelu"
+    eps: float = 1e-5
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of features of one image: its patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+# How a model takes images: not at all; beside the noise as channels (4 of mask, the image's latent
+# channels); as a finished first latent frame.
+ImageInput = Literal["", "concat", "first-frame"]
+
+
+@dataclass(frozen=True)
 class ModelDefaults:
     """What a job gets when it does not say: the model's own recommended settings."""
 
@@ -204,6 +254,7 @@ class ModelDefaults:
     fps: int = 16
     steps: int = 50
     guidance: float = 5.0
+    guidance_low: float | None = None  # of the low-noise expert; None: the same
     shift: float = 5.0
     solver: str = "unipc"
     negative: str = ""
@@ -213,13 +264,25 @@ class ModelDefaults:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole text-to-video model: its parts and its defaults."""
+    """A whole video model: its parts and its defaults.
+
+    variant: "t2v", "i2v", "flf2v", "ti2v" or "df" (diffusion forcing: timesteps per frame).
+    image: how it takes images. num_experts, boundary: 2 when one transformer serves timesteps of at
+        least `boundary` * 1000 and another those below.
+    quant: type of the weights in a preset's byte counts, such as "q4_k_m"; "" for 16 bits.
+    """
 
     name: str
     transformer: TransformerSpec
     vae: VaeSpec
     text: TextSpec
     defaults: ModelDefaults
+    variant: str = "t2v"
+    image: ImageInput = ""
+    num_experts: int = 1
+    boundary: float = 0.0
+    image_encoder: ImageEncoderSpec | None = None
+    quant: str = ""
 
     @property
     def size_multiple(self) -> int:

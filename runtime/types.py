@@ -57,11 +57,28 @@ class ForwardKey:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model and how it is computed. Workers open it by name and compare the digest."""
+    """A model and how it is computed. Workers open it by name and compare the digest.
+
+    parts: files the user named for parts of it, such as ("vae", "/models/vae.safetensors").
+    """
 
     name: str
     digest: str
     numerics: NumericsProfile
+    parts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class LoraRef:
+    """A LoRA file and its strength on the high-noise (or only) and the low-noise expert."""
+
+    path: str
+    strength: float
+    strength_low: float
+
+    def of_expert(self, expert: int) -> float:
+        """Strength on an expert: 0 the high-noise (or only) one, 1 the low-noise one."""
+        return self.strength_low if expert else self.strength
 
 
 @dataclass(frozen=True)
@@ -69,9 +86,13 @@ class BlockCall:
     """Run one block range for the forwards of a step.
 
     With it travel the input packet and, for each branch, the packet of its prompt (the same
-    reference in every step). The input holds `latents` and `timesteps` for the first range, else
-    `e`, `e0` and `x.<branch>`; the result holds `velocity.<branch>` after the last range, else the
-    same as the input of the next.
+    reference in every step), then, if `has_image`, that of the image: `condition` (1, C, F, h, w)
+    float32, channels that follow those of the latents, and where the model has an image encoder
+    `image_embeds` (rows, image_dim) float32. The input holds `latents` and `timesteps` for the
+    first range, else `e`, `e0` and `x.<branch>`; the result holds `velocity.<branch>` after the
+    last range, else the same as the input of the next.
+
+    expert: 0 the high-noise (or only) transformer, 1 the low-noise one.
     """
 
     model: ModelRef
@@ -80,6 +101,9 @@ class BlockCall:
     branches: tuple[Branch, ...]
     blocks: BlockRange
     shape: LatentShape
+    expert: int = 0
+    loras: tuple[LoraRef, ...] = ()
+    has_image: bool = False
 
 
 @dataclass(frozen=True)
