@@ -22,19 +22,22 @@ from typing import Any
 
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
-from measure import machine, paired, peak_of, shares, table
+from measure import machine, paired, shares, table
 from torch import Tensor
 
 from reelpool.models import keys
 from reelpool.models.files import open_model
+from reelpool.models.presets import PRESETS
 from reelpool.models.registry import DEMO_FOLDER
-from reelpool.models.spec import PRESETS, LatentShape, NumericsProfile, TransformerSpec
+from reelpool.models.spec import LatentShape, NumericsProfile, TransformerSpec
 from reelpool.models.weights import RenamedSource, TensorInfo
 from reelpool.runtime.block_runner import BlockRunner, ForwardInput
 from reelpool.runtime.denoise import denoise
 from reelpool.runtime.device import cpu_card
+from reelpool.runtime.meter import peak_of
 from reelpool.runtime.noise import initial_noise
-from reelpool.runtime.solver import make_schedule, start
+from reelpool.runtime.schedule import make_schedule
+from reelpool.runtime.solver import start
 from reelpool.runtime.stages import CardStages
 from reelpool.runtime.types import BlockCall, BlockRange, DecodeCall, ModelRef
 from reelpool.runtime.wire import pack, unpack
@@ -199,12 +202,12 @@ def measure_step(step: Step, layers: int, threads: int, rounds: int) -> dict[str
         "largest_velocity": answers[1].abs().max().item(),
         "largest_difference": (answers[0] - answers[1]).abs().max().item(),
         "memory": {
-            "ours": ours.live + caches,
+            "ours": ours.live_bytes + caches,
             "of_that_caches": caches,
-            "diffusers": theirs.live,
-            "ratio": round((ours.live + caches) / theirs.live, 4),
-            "process_growth_ours": ours.process,
-            "process_growth_diffusers": theirs.process,
+            "diffusers": theirs.live_bytes,
+            "ratio": round((ours.live_bytes + caches) / theirs.live_bytes, 4),
+            "process_growth_ours": ours.process_bytes,
+            "process_growth_diffusers": theirs.process_bytes,
         },
         "time": paired(step.ours, step.theirs, rounds, threads).as_json(),
     }
@@ -276,9 +279,8 @@ def our_video(stages: CardStages, prompt: str) -> Tensor:
     call = BlockCall(model, "job", 0, ("cond", "uncond"), BlockRange(0, layers, layers), shape)
     prompts = (stages.encode_text(model, prompt), stages.encode_text(model, ""))
     schedule = make_schedule(defaults.solver, defaults.steps, defaults.shift)
-    steps = denoise(
-        "job", schedule, start(schedule, initial_noise(0, shape)), defaults.guidance, seed=0
-    )
+    state = start(schedule, initial_noise(0, shape))
+    steps = denoise("job", schedule, state, (defaults.guidance,) * defaults.steps, seed=0)
     request = next(steps)
     while True:
         inputs = pack({"latents": request.latents, "timesteps": request.timesteps})

@@ -40,7 +40,8 @@ from reelpool.models.wan_vae import load_vae
 from reelpool.runtime.block_runner import BlockRunner, ForwardInput
 from reelpool.runtime.denoise import denoise
 from reelpool.runtime.noise import initial_noise
-from reelpool.runtime.solver import make_schedule, start
+from reelpool.runtime.schedule import make_schedule
+from reelpool.runtime.solver import start
 from reelpool.runtime.types import BlockRange, ForwardKey
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +123,7 @@ def with_reelpool(model: str, settings: ModelDefaults) -> Generate:
     """Through the product's own text encoder, denoising loop, blocks, solver and VAE."""
     files, cpu = open_model(model), torch.device("cpu")
     spec, numerics = files.spec, NumericsProfile()
-    text = TextEncoder(files.folder, spec.text, files.text_encoder, torch.float32, cpu)
+    text = TextEncoder(spec.text, files.text_encoder, files.tokenizer, torch.float32, cpu)
     runner = BlockRunner(spec.transformer, files.transformer, numerics, cpu)
     vae = load_vae(spec.vae, files.vae, torch.float32, cpu)
     blocks = BlockRange(0, spec.transformer.num_layers, spec.transformer.num_layers)
@@ -133,7 +134,7 @@ def with_reelpool(model: str, settings: ModelDefaults) -> Generate:
         prompts = {"cond": caption, "uncond": settings.negative}
         embeds = {branch: text.encode(prompt) for branch, prompt in prompts.items()}
         state = start(schedule, initial_noise(seed, shape))
-        loop = denoise("score", schedule, state, settings.guidance, seed)
+        loop = denoise("score", schedule, state, (settings.guidance,) * settings.steps, seed)
         answers: dict[ForwardKey, Tensor] | None = None
         while True:
             try:

@@ -1,22 +1,18 @@
-"""What the benchmarks share: the machine's description, paired timing, a meter of live tensors."""
+"""What the benchmarks share: the machine's description, paired timing, the share of operators."""
 
 from __future__ import annotations
 
-import gc
 import os
 import platform
 import statistics
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 Run = Callable[[], object]
 
@@ -86,68 +82,6 @@ def _seconds(run: Run) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of tensor storages made inside of it, as long as they live.
-
-    Byte-exact for every operator the dispatcher sees; scratch memory inside of a kernel is not
-    seen. What existed before (weights, caches, inputs) is not counted, nor are views of it: an
-    operator's input that was never some operator's output is known to be old.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._live = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for storage in _storages((args, kwargs)):
-            self._known.add(storage)
-        result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if storage not in self._known:
-                self._known.add(storage)
-                self._live += storage.nbytes()
-                self.peak = max(self.peak, self._live)
-                weakref.finalize(storage, self._gone, storage.nbytes())
-        return result
-
-    def _gone(self, num_bytes: int) -> None:
-        self._live -= num_bytes
-
-
-def _storages(tree: object) -> Iterator[Any]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Peak memory of one run.
-
-    live: bytes of the tensors it made, at their most.
-    process: by how much the process's resident memory grew at its peak, kernels' scratch and the
-        allocator's slack included (Linux only).
-    """
-
-    live: int
-    process: int | None
-
-
-def peak_of(run: Run) -> Peak:
-    """Measure the memory of a program that has run before."""
-    gc.collect()
-    before = psutil.Process().memory_info().rss
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")  # the highest resident memory starts again from now
-    with LiveTensors() as meter:
-        run()
-    if not reset.exists():
-        return Peak(meter.peak, None)
-    status = Path("/proc/self/status").read_text().splitlines()
-    highest = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    return Peak(meter.peak, highest - before)
 
 
 def shares(run: Run, top: int = 8) -> list[dict[str, Any]]:

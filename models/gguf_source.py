@@ -282,10 +282,10 @@ class _Header:
             axes = self._number(4, f"tensor {name}")
             if axes > MAX_AXES:
                 self._refuse(f"tensor {name} with {axes} axes", f"at most {MAX_AXES}")
-            dims = [self._number(8, f"tensor {name}") for _ in range(axes)]
+            start = self._take(8 * axes + 12, f"tensor {name}")
+            *dims, kind, offset = struct.unpack_from(f"<{axes}QIQ", self._map, start)
             if not all(0 < dim < MAX_COUNT for dim in dims):
                 self._refuse(f"tensor {name} of shape {dims[::-1]}", "whole sizes that fit a file")
-            kind, offset = self._number(4, f"tensor {name}"), self._number(8, f"tensor {name}")
             stored[name] = (tuple(reversed(dims)), kind, offset)
         return stored
 

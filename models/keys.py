@@ -19,7 +19,20 @@ _OUTER = {
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
     "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "fps_embedding": "fps_embedding",
+    "fps_projection.0": "fps_projection.net.0.proj",
+    "fps_projection.2": "fps_projection.net.2",
     "head.head": "proj_out",
+}
+
+# canonical <- diffusers, tensors that are no layer's weight or bias
+_TABLES = {
+    "head.modulation": "scale_shift_table",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
 }
 
 # canonical <- diffusers, inside a block. Note norm3 <- norm2: the original numbers the affine
@@ -38,6 +51,9 @@ _INNER = {
     "cross_attn.o": "attn2.to_out.0",
     "cross_attn.norm_q": "attn2.norm_q",
     "cross_attn.norm_k": "attn2.norm_k",
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
 }
@@ -46,7 +62,11 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def transformer_names_from_diffusers(stored: Iterable[str]) -> dict[str, str]:
-    """Map canonical transformer names to the diffusers names they are stored under."""
+    """Map canonical transformer names to the diffusers names they are stored under.
+
+    The names of Wan's class and of SkyReels-V2's are the same. Names that are neither's are left
+    out, `attn2.norm_added_q` of older diffusers files among them: nothing ever used it.
+    """
     outer = {theirs: ours for ours, theirs in _OUTER.items()}
     inner = {theirs: ours for ours, theirs in _INNER.items()}
     names: dict[str, str] = {}
@@ -58,16 +78,17 @@ def transformer_names_from_diffusers(stored: Iterable[str]) -> dict[str, str]:
 
 
 def _canonical(name: str, outer: Mapping[str, str], inner: Mapping[str, str]) -> str | None:
-    if name == "scale_shift_table":
-        return "head.modulation"
+    for ours, theirs in _TABLES.items():
+        if name == theirs:
+            return ours
     match = _BLOCK.fullmatch(name)
     if match and match[2] == "scale_shift_table":
         return f"blocks.{match[1]}.modulation"
     layer, _, kind = (match[2] if match else name).rpartition(".")
-    ours = (inner if match else outer).get(layer)
-    if ours is None:
+    found = (inner if match else outer).get(layer)
+    if found is None:
         return None
-    return f"blocks.{match[1]}.{ours}.{kind}" if match else f"{ours}.{kind}"
+    return f"blocks.{match[1]}.{found}.{kind}" if match else f"{found}.{kind}"
 
 
 def to_diffusers(name: str) -> str:
@@ -82,8 +103,8 @@ def to_diffusers(name: str) -> str:
             return f"blocks.{match[1]}.scale_shift_table"
         layer, _, kind = match[2].rpartition(".")
         return f"blocks.{match[1]}.{_INNER[layer]}.{kind}"
-    if name == "head.modulation":
-        return "scale_shift_table"
+    if name in _TABLES:
+        return _TABLES[name]
     layer, _, kind = name.rpartition(".")
     return f"{_OUTER[layer]}.{kind}"
 
@@ -98,6 +119,10 @@ def block_tensors(spec: TransformerSpec, index: int) -> dict[str, tuple[int, ...
         for part in "qkvo":
             shapes |= {f"{kind}.{part}.weight": (d, d), f"{kind}.{part}.bias": (d,)}
         shapes |= {f"{kind}.norm_q.weight": (d,), f"{kind}.norm_k.weight": (d,)}
+    if spec.image_dim:
+        for part in ("k_img", "v_img"):
+            shapes |= {f"cross_attn.{part}.weight": (d, d), f"cross_attn.{part}.bias": (d,)}
+        shapes["cross_attn.norm_k_img.weight"] = (d,)
     shapes |= {"ffn.0.weight": (f, d), "ffn.0.bias": (f,)}
     shapes |= {"ffn.2.weight": (d, f), "ffn.2.bias": (d,)}
     return {f"blocks.{index}.{name}": shape for name, shape in shapes.items()}
@@ -107,7 +132,7 @@ def outer_tensors(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
     """Canonical names and shapes of the tensors outside of the blocks."""
     d, patch = spec.dim, spec.patch_size
     out = spec.out_channels * patch[0] * patch[1] * patch[2]
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "patch_embedding.weight": (d, spec.in_channels, *patch),
         "patch_embedding.bias": (d,),
         "text_embedding.0.weight": (d, spec.text_dim),
@@ -124,6 +149,19 @@ def outer_tensors(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
         "head.head.weight": (out, d),
         "head.head.bias": (out,),
     }
+    if spec.image_dim:
+        i = spec.image_dim
+        shapes |= {"img_emb.proj.0.weight": (i,), "img_emb.proj.0.bias": (i,)}
+        shapes |= {"img_emb.proj.1.weight": (i, i), "img_emb.proj.1.bias": (i,)}
+        shapes |= {"img_emb.proj.3.weight": (d, i), "img_emb.proj.3.bias": (d,)}
+        shapes |= {"img_emb.proj.4.weight": (d,), "img_emb.proj.4.bias": (d,)}
+    if spec.image_positions:
+        shapes["img_emb.emb_pos"] = (1, spec.image_positions, spec.image_dim)
+    if spec.fps_embedding:
+        shapes["fps_embedding.weight"] = (2, d)
+        shapes |= {"fps_projection.0.weight": (d, d), "fps_projection.0.bias": (d,)}
+        shapes |= {"fps_projection.2.weight": (6 * d, d), "fps_projection.2.bias": (6 * d,)}
+    return shapes
 
 
 def transformer_tensors(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:

@@ -1,13 +1,13 @@
 """The one thing a network asks of a weight matrix: multiply by it.
 
 The matrix is plain, or quantised and decoded anew for each use; rows of several kinds may lie on
-top of each other.
+top of each other. What a LoRA adds runs beside the matrix, which it never changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -27,11 +27,47 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 
 
 @dataclass(frozen=True)
+class Side:
+    """A term beside a matrix: scale · (x downᵀ) upᵀ, added to outputs [start, start + rows of up).
+
+    The scale multiplies the narrow product in the middle. So factors keep the bits they are stored
+    with, and another strength touches no weight: folded into `up` it would round every factor once
+    more in bfloat16, and need a copy of them for each strength. (`add_` with alpha would be free,
+    but rounds alpha to bfloat16 on a CPU: a strength off by up to 0.4 %.)
+
+    up: (rows, rank), or (rows, in) where `down` is None, in the type of x.
+    down: (rank, in).
+    """
+
+    up: Tensor
+    down: Tensor | None
+    scale: float
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        """The output behind the last."""
+        return self.start + self.up.shape[0]
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """Add to (..., out) in place what (..., in) gives."""
+        if self.down is None:
+            term = product(x, self.up, None).mul_(self.scale)
+        else:
+            term = product(product(x, self.down, None).mul_(self.scale), self.up, None)
+        y[..., self.start : self.stop].add_(term)
+
+
+@dataclass(frozen=True)
 class Linear:
-    """y = x Wᵀ + b with W as (out, in); a tuple holds rows of several kinds, from the top down."""
+    """y = x Wᵀ + b with W as (out, in); a tuple holds rows of several kinds, from the top down.
+
+    sides: added one after the other, in their order.
+    """
 
     weight: Matrix | tuple[Matrix, ...]
     bias: Tensor | None
+    sides: tuple[Side, ...] = ()
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -51,7 +87,10 @@ class Linear:
             for matrix, start, stop in self._spans()
             for result in _products(x, matrix, None if self.bias is None else self.bias[start:stop])
         ]
-        return results[0] if len(results) == 1 else torch.cat(results, -1)
+        y = results[0] if len(results) == 1 else torch.cat(results, -1)
+        for side in self.sides:
+            side.add_to(y, x)
+        return y
 
     def rows(self, start: int, stop: int) -> Linear:
         """The part that makes outputs [start, stop); a view."""
@@ -61,7 +100,16 @@ class Linear:
             if a < stop and start < b
         ]
         bias = None if self.bias is None else self.bias[start:stop]
-        return Linear(kept[0] if len(kept) == 1 else tuple(kept), bias)
+        sides = tuple(
+            replace(
+                side,
+                up=side.up[max(start - side.start, 0) : stop - side.start],
+                start=max(side.start - start, 0),
+            )
+            for side in self.sides
+            if side.start < stop and start < side.stop
+        )
+        return Linear(kept[0] if len(kept) == 1 else tuple(kept), bias, sides)
 
     def _spans(self) -> Iterator[tuple[Matrix, int, int]]:
         """Each matrix and the outputs [start, stop) it makes."""
@@ -81,7 +129,11 @@ def stack(parts: list[Linear]) -> Linear:
     bias = torch.cat([b for b in biases if b is not None]) if biases[0] is not None else None
     matrices = [matrix for part in parts for matrix in part.matrices]
     joined = [_join(list(run)) for _, run in groupby(matrices, _kind)]
-    return Linear(joined[0] if len(joined) == 1 else tuple(joined), bias)
+    sides, start = [], 0
+    for part in parts:
+        sides += [replace(side, start=start + side.start) for side in part.sides]
+        start += sum(matrix.shape[0] for matrix in part.matrices)
+    return Linear(joined[0] if len(joined) == 1 else tuple(joined), bias, tuple(sides))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,7 +167,10 @@ def _products(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Iterator[Tensor
 
 
 def _kind(matrix: Matrix) -> str:
-    return "" if isinstance(matrix, Tensor) else matrix.kind
+    """What rows must have in common to be joined: the type, and whether they have scales."""
+    if isinstance(matrix, Tensor):
+        return ""
+    return matrix.kind if matrix.scale is None else f"{matrix.kind} scaled"
 
 
 def _rows(matrix: Matrix, start: int, stop: int) -> Matrix:
@@ -128,4 +183,6 @@ def _join(run: list[Matrix]) -> Matrix:
         return torch.cat([matrix for matrix in run if isinstance(matrix, Tensor)])
     quantised = [matrix for matrix in run if isinstance(matrix, Quantised)]
     shape = (sum(matrix.shape[0] for matrix in run), run[0].shape[1])
-    return Quantised(torch.cat([m.data for m in quantised]), run[0].kind, shape)
+    scales = [m.scale for m in quantised if m.scale is not None]
+    scale = torch.cat(scales) if scales else None
+    return Quantised(torch.cat([m.data for m in quantised]), run[0].kind, shape, scale)

@@ -1,4 +1,4 @@
-"""Quantised matrices as GGUF stores them: kept as they lie in the file, decoded per use.
+"""Quantised matrices as files store them: kept as they lie in the file, decoded per use.
 
 `Quantised.dequantise` equals gguf-py's `dequantize` bit for bit in float32. Any other type is that
 float32 result rounded once, to the nearest, ties to even. The codes are unpacked in chunks that
@@ -66,21 +66,26 @@ KINDS: dict[str, Kind] = {
     "IQ4_XS": Kind(256, 136, quant_blocks.iq4_xs),
     "MXFP4": Kind(32, 17, quant_blocks.mxfp4),
     "NVFP4": Kind(64, 36, quant_blocks.nvfp4),
+    # not of GGUF: the two types of fp8 files (`fp8`)
+    "F8_E4M3": Kind(1, 1, _float(torch.float8_e4m3fn)),
+    "F8_E5M2": Kind(1, 1, _float(torch.float8_e5m2)),
 }
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A tensor in GGUF blocks. Rows are independent: any range of them is a view.
+    """A tensor in blocks. Rows are independent: any range of them is a view.
 
     data: (rows, bytes of a row) uint8, normally a view of the mapped file.
-    kind: the ggml type's name, one of `KINDS`.
+    kind: the type's name, one of `KINDS`.
     shape: of the values; rows = all but the last axis, (out, in) for a matrix.
+    scale: (rows,) float32 that the rows of an fp8 matrix are multiplied by; None for 1.
     """
 
     data: Tensor
     kind: str
     shape: tuple[int, ...]
+    scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         kind = KINDS[self.kind]
@@ -88,11 +93,15 @@ class Quantised:
         assert self.shape[-1] % kind.size == 0, (self.kind, self.shape)
         assert self.data.dtype == torch.uint8, self.data.dtype
         assert self.data.shape == (rows, width), (self.kind, self.shape, self.data.shape)
+        if self.scale is not None:
+            assert kind.num_bytes == kind.size == 1, self.kind
+            assert self.scale.shape == (rows,), (self.shape, self.scale.shape)
+            assert self.scale.dtype == torch.float32, self.scale.dtype
 
     @property
     def num_bytes(self) -> int:
         """Bytes as stored."""
-        return self.data.numel()
+        return self.data.numel() + (0 if self.scale is None else self.scale.nbytes)
 
     @property
     def device(self) -> torch.device:
@@ -102,11 +111,13 @@ class Quantised:
     def rows(self, start: int, stop: int) -> Quantised:
         """Rows [start, stop) of a matrix; a view."""
         data = self.data[start:stop]
-        return Quantised(data, self.kind, (data.shape[0], self.shape[-1]))
+        scale = None if self.scale is None else self.scale[start:stop]
+        return Quantised(data, self.kind, (data.shape[0], self.shape[-1]), scale)
 
     def to(self, device: torch.device | str) -> Quantised:
         """The same on another device, still quantised."""
-        return replace(self, data=self.data.to(device))
+        scale = None if self.scale is None else self.scale.to(device)
+        return replace(self, data=self.data.to(device), scale=scale)
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decode all of it.
@@ -117,21 +128,25 @@ class Quantised:
             A new tensor of `shape` on the blocks' device.
         """
         kind = KINDS[self.kind]
+        size, num_bytes = kind.size, kind.num_bytes
+        if self.scale is not None:
+            size = num_bytes = max(1, self.shape[-1])  # a block is a whole row, of one scale
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        values, blocks = out.view(-1, kind.size), self.data.reshape(-1, kind.num_bytes)
+        values, blocks = out.view(-1, size), self.data.reshape(-1, num_bytes)
         if blocks.storage_offset() % word_bytes(kind.num_bytes):
             blocks = blocks.clone()  # in someone's buffer at an odd place: words need even ones
-        step = (CHUNK if self.device.type == "cpu" else DEVICE_CHUNK) // kind.size
-        if dtype == torch.float32:
-            for start in range(0, len(values), step):
-                kind.decode(blocks[start : start + step], values[start : start + step])
-            return out
-        size = (min(step, len(values)), kind.size)
-        scratch = torch.empty(size, dtype=torch.float32, device=self.device)
+        step = max(1, (CHUNK if self.device.type == "cpu" else DEVICE_CHUNK) // size)
+        is_direct = dtype == torch.float32
+        num_scratch = 0 if is_direct else min(step, len(values))
+        scratch = out.new_empty((num_scratch, size), dtype=torch.float32)
         for start in range(0, len(values), step):
             part = values[start : start + step]
-            kind.decode(blocks[start : start + step], scratch[: len(part)])
-            part.copy_(scratch[: len(part)])
+            decoded = part if is_direct else scratch[: len(part)]
+            kind.decode(blocks[start : start + step], decoded)
+            if self.scale is not None:
+                decoded *= self.scale[start : start + step, None]
+            if not is_direct:
+                part.copy_(decoded)
         return out
 
 

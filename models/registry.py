@@ -1,122 +1,158 @@
-"""From a model's name to its geometry and folder, reading JSON only. Free of torch.
+"""From a model's name to its geometry. Free of torch for presets and diffusers folders.
 
-A name is `demo` (the model that ships with the package), a preset such as `wan2.1-t2v-14b` (a
-geometry without weights, for planning), or the path of a diffusers model folder.
+Of those JSON files are read; of everything else the headers, by `files.open_model`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 
-from reelpool.errors import ConfigError, WeightError
+from reelpool.errors import WeightError
 
+from .assembly import assemble, words_of
+from .catalogue import is_diffusers
+from .detect import ModelTraits, variant_of
+from .finder import DEMO_FOLDER, existing, make_search, model_path, parts_of
 from .jsonfile import read_json
-from .spec import PRESETS, ModelDefaults, ModelSpec, TextSpec, TransformerSpec, VaeSpec
+from .model_index import read_index
+from .parts import Parts
+from .presets import find_preset
+from .spec import ImageEncoderSpec, ModelSpec, TextSpec, TransformerSpec, VaeSpec
 from .vae_config import vae_spec_from_config
 
-DEMO_FOLDER = Path(__file__).resolve().parent / "demo"
-PIPELINES = ("WanPipeline",)
+__all__ = ["DEMO_FOLDER", "find_spec", "model_folder", "spec_from_folder"]
+
 MAX_LAYERS = 1000
 MAX_VAE_WIDTH = 2**16
 
 
-def find_spec(name: str) -> ModelSpec:
+def find_spec(name: str, parts: Parts = ()) -> ModelSpec:
     """Geometry and defaults of a model.
 
+    Args:
+        name: a preset's, with or without `@quant`, or what `finder.find_model` takes.
+        parts: files that the user named for parts of it.
+
     Raises:
-        ConfigError: if there is no such model.
-        WeightError: if its folder is incomplete or says something that cannot be.
+        ConfigError: if there is no such model, or a part of it is nowhere.
+        WeightError: if it is incomplete, damaged, or says something that cannot be.
     """
-    if name in PRESETS:
-        return PRESETS[name]
-    return spec_from_folder(model_folder(name))
+    preset = None if existing(name) else find_preset(name)
+    if preset:
+        return preset
+    path = model_path(name)
+    if not parts and path.is_dir() and is_diffusers(path):
+        return spec_from_folder(path, name)
+    from .files import open_model
+
+    return open_model(name, parts).spec
 
 
 def model_folder(name: str) -> Path:
-    """The folder that holds a model's weights.
+    """The folder of a diffusers model.
 
     Raises:
-        ConfigError: if the name is a preset (a geometry without weights) or nothing at all.
+        ConfigError: if there is no such model, or it is a preset (a geometry without weights).
+        WeightError: if it is no folder.
     """
-    if name == "demo":
-        return DEMO_FOLDER
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if name in PRESETS:
-        raise ConfigError(
-            "--model", f"{name} is a geometry without weights", "give the path of a model folder"
-        )
-    near = get_close_matches(name, ["demo", *PRESETS], 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else "give demo or the path of a model folder"
-    raise ConfigError("--model", f"there is no model folder {name!r}", hint)
+    path = model_path(name)
+    if not path.is_dir():
+        raise WeightError(str(path), "a file", "a model folder")
+    return path
 
 
-def spec_from_folder(folder: Path) -> ModelSpec:
+def spec_from_folder(folder: Path, name: str = "") -> ModelSpec:
     """Read the geometry of a diffusers model folder from its JSON files.
 
     Raises:
         WeightError: if a file is missing or holds something that cannot be.
     """
-    index = read_json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    if kind not in PIPELINES:
-        raise WeightError(
-            str(folder / "model_index.json"), f"a model of class {kind}", " or ".join(PIPELINES)
-        )
-    transformer = _transformer_spec(folder / "transformer" / "config.json")
-    text = _text_spec(folder / "text_encoder" / "config.json")
-    vae = _vae_spec(folder / "vae" / "config.json")
+    index = read_index(folder)
+    found, _ = parts_of(name or str(folder), folder, {}, make_search())
+    config = found.transformers[0] / "config.json"
+    transformer = _transformer_spec(config)
+    for other in found.transformers[1:]:
+        if _transformer_spec(other / "config.json") != transformer:
+            expected = f"those of {config}"
+            raise WeightError(str(other / "config.json"), "other sizes", expected)
+    variant, image = variant_of(str(config), transformer, words_of(found))
+    text_config = found.text_encoder / "config.json"
+    text = _text_spec(text_config)
+    vae = _vae_spec(found.vae / "config.json")
+    encoder = _image_encoder(found.image_encoder, transformer)
     if text.dim != transformer.text_dim:
         raise WeightError(
-            str(folder / "text_encoder" / "config.json"),
+            str(text_config),
             f"d_model {text.dim}",
             f"{transformer.text_dim}, the transformer's text_dim",
         )
     if vae.z_dim != transformer.out_channels:
         raise WeightError(
-            str(folder / "vae" / "config.json"),
+            str(found.vae / "config.json"),
             f"z_dim {vae.z_dim}",
             f"{transformer.out_channels}, the transformer's out_channels",
         )
-    return ModelSpec(folder.name, transformer, vae, text, _defaults(folder))
+    traits = ModelTraits(variant, image, "")
+    return assemble(found, index, transformer, traits, vae, text, encoder)
 
 
 def _transformer_spec(path: Path) -> TransformerSpec:
     config = read_json(path)
-    for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
-        if config.get(key) is not None:
-            raise WeightError(str(path), f"{key} {config[key]}", "a text-to-video model without it")
     if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
         raise WeightError(str(path), f"qk_norm {config['qk_norm']}", "rms_norm_across_heads")
     patch = config.get("patch_size", [1, 2, 2])
     if patch != [1, 2, 2]:
         raise WeightError(str(path), f"patch_size {patch}", "[1, 2, 2]")
+    in_channels = _count(path, config, "in_channels")
+    out_channels = _count(path, config, "out_channels")
+    # copies of the 5B config.json name an image width that its weights do not have
+    has_image = in_channels != out_channels and config.get("image_dim") is not None
+    has_positions = has_image and config.get("pos_embed_seq_len") is not None
     spec = TransformerSpec(
         num_heads=_count(path, config, "num_attention_heads"),
         head_dim=_count(path, config, "attention_head_dim"),
         ffn_dim=_count(path, config, "ffn_dim"),
         num_layers=_count(path, config, "num_layers", at_most=MAX_LAYERS),
-        in_channels=_count(path, config, "in_channels"),
-        out_channels=_count(path, config, "out_channels"),
+        in_channels=in_channels,
+        out_channels=out_channels,
         text_dim=_count(path, config, "text_dim"),
         freq_dim=_count(path, config, "freq_dim"),
         eps=_number(path, config, "eps", 1e-6),
         cross_norm=_flag(path, config, "cross_attn_norm", True),
+        image_dim=_count(path, config, "image_dim") if has_image else 0,
+        image_positions=_count(path, config, "pos_embed_seq_len") if has_positions else 0,
+        fps_embedding=_flag(path, config, "inject_sample_info", False),
     )
-    if spec.in_channels != spec.out_channels:
-        raise WeightError(
-            str(path),
-            f"in_channels {spec.in_channels}, out_channels {spec.out_channels}",
-            "equal ones, as text-to-video models have",
-        )
     if spec.head_dim % 2 or spec.freq_dim % 2:
         found = f"attention_head_dim {spec.head_dim}, freq_dim {spec.freq_dim}"
         raise WeightError(str(path), found, "even numbers")
     return spec
+
+
+def _image_encoder(folder: Path | None, transformer: TransformerSpec) -> ImageEncoderSpec | None:
+    """The image encoder's geometry, if the transformer attends to image features."""
+    if not transformer.image_dim:
+        return None
+    if folder is None:
+        raise WeightError("image_encoder/config.json", "no such file", "an image encoder's")
+    path, usual = folder / "config.json", ImageEncoderSpec()
+    config = read_json(path)
+    inner = config.get("vision_config")
+    config = inner if isinstance(inner, dict) else config
+    activation = config.get("hidden_act", usual.activation)
+    if not isinstance(activation, str):
+        raise WeightError(str(path), f"hidden_act {activation!r}", "a text")
+    return ImageEncoderSpec(
+        dim=_count(path, config, "hidden_size", usual.dim),
+        num_layers=_count(path, config, "num_hidden_layers", usual.num_layers, MAX_LAYERS),
+        num_heads=_count(path, config, "num_attention_heads", usual.num_heads),
+        ffn_dim=_count(path, config, "intermediate_size", usual.ffn_dim),
+        image_size=_count(path, config, "image_size", usual.image_size),
+        patch_size=_count(path, config, "patch_size", usual.patch_size),
+        activation=activation,
+        eps=_number(path, config, "layer_norm_eps", usual.eps),
+    )
 
 
 def _vae_spec(path: Path) -> VaeSpec:
@@ -155,36 +191,6 @@ def _text_spec(path: Path) -> TextSpec:
         max_distance=_count(path, config, "relative_attention_max_distance", defaults.max_distance),
         eps=_number(path, config, "layer_norm_epsilon", defaults.eps),
     )
-
-
-def _defaults(folder: Path) -> ModelDefaults:
-    """Defaults of Wan, the scheduler's shift over them, the folder's demo.json over both."""
-    defaults = ModelDefaults()
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    if scheduler.exists():
-        defaults = replace(
-            defaults, shift=_number(scheduler, read_json(scheduler), "flow_shift", defaults.shift)
-        )
-    own = folder / "demo.json"
-    if not own.exists():
-        return defaults
-    values = read_json(own)
-    changes: dict[str, object] = {}
-    for field in fields(ModelDefaults):
-        if field.name in values:
-            changes[field.name] = _checked(own, field.name, values, getattr(defaults, field.name))
-    return replace(defaults, **changes)  # type: ignore[arg-type]  # checked against each default
-
-
-def _checked(path: Path, key: str, values: Mapping[str, object], like: object) -> object:
-    if isinstance(like, str):
-        value = values[key]
-        if not isinstance(value, str):
-            raise WeightError(str(path), f"{key} {value!r}", "a text")
-        return value
-    if isinstance(like, int):
-        return _count(path, values, key)
-    return _number(path, values, key, 0.0)
 
 
 def _flag(path: Path, config: Mapping[str, object], key: str, default: bool) -> bool:

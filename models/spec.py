@@ -7,9 +7,10 @@ Source of the shapes: Wan2.1 and Wan2.2 configurations; the counts agree with me
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
+IMAGE_TOKENS = 257  # rows of features of one image, as ViT-H/14 gives them at 224 pixels
 TEXT_LENGTH = 512  # rows the transformer cross-attends, padding included (Wan pads always)
 
 
@@ -135,6 +136,11 @@ class TransformerSpec:
         """All parameters."""
         return self.num_layers * self.block_params + self.other_params
 
+    @property
+    def image_rows(self) -> int:
+        """Rows of image features that every block attends to: of one image, or of two."""
+        return self.image_positions or (IMAGE_TOKENS if self.image_dim else 0)
+
     def num_tokens(self, shape: LatentShape) -> int:
         """Tokens of a latent video: one for each patch."""
         pf, ph, pw = self.patch_size
@@ -144,19 +150,19 @@ class TransformerSpec:
         """Floating-point operations of one block forward over `num_tokens` tokens.
 
         Linear layers over the tokens (self q, k, v, o; cross q, o; the FFN), attention over all
-        token pairs, cross-attention over the text rows, and the text's keys and values.
+        token pairs, cross-attention over the text and image rows, and their keys and values.
         """
-        n, d = num_tokens, self.dim
+        n, d, rows = num_tokens, self.dim, text_rows + self.image_rows
         linear = 2 * n * (6 * d * d + 2 * d * self.ffn_dim)
-        attention = 4 * n * n * d + 4 * n * text_rows * d
-        return linear + attention + self.text_kv_flops(text_rows)
+        attention = 4 * n * n * d + 4 * n * rows * d
+        return linear + attention + self.text_kv_flops(rows)
 
     def text_kv_flops(self, text_rows: int = TEXT_LENGTH) -> int:
-        """Operations that make one block's cross-attention keys and values from the text."""
+        """Operations that make one block's cross-attention keys and values from so many rows."""
         return 4 * text_rows * self.dim * self.dim
 
     def text_kv_share(self, num_tokens: int, text_rows: int = TEXT_LENGTH) -> float:
-        """Share of a forward that keeping the text's keys and values saves, 0 to 1."""
+        """Share of a forward that keeping the keys and values of so many rows saves, 0 to 1."""
         return self.text_kv_flops(text_rows) / self.block_flops(num_tokens, text_rows)
 
 
@@ -298,31 +304,3 @@ class ModelSpec:
             height // factor,
             width // factor,
         )
-
-
-def _wan21_mean_std() -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Latent statistics of the Wan 2.1 VAE (Wan2.1 repository, wan/modules/vae.py)."""
-    mean = (
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-    )  # fmt: skip
-    std = (
-        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-    )  # fmt: skip
-    return mean, std
-
-
-def _presets() -> dict[str, ModelSpec]:
-    mean, std = _wan21_mean_std()
-    vae = VaeSpec(latents_mean=mean, latents_std=std)
-    small = TransformerSpec(12, 128, 8960, 30, 16, 16)
-    large = TransformerSpec(40, 128, 13824, 40, 16, 16)
-    defaults = ModelDefaults()
-    return {
-        "wan2.1-t2v-1.3b": ModelSpec("wan2.1-t2v-1.3b", small, vae, TextSpec(), defaults),
-        "wan2.1-t2v-14b": ModelSpec("wan2.1-t2v-14b", large, vae, TextSpec(), replace(defaults)),
-    }
-
-
-PRESETS: dict[str, ModelSpec] = _presets()

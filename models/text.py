@@ -1,8 +1,8 @@
 """From a prompt to text embeddings: cleaning, tokenising, UMT5.
 
-The tokenizer is the model folder's `tokenizer.json` (the tokenizers library); the encoder is
-transformers' UMT5EncoderModel over our own weights. transformers is imported on first use: it takes
-seconds, and planning needs none of it.
+The tokenizer comes from `tokenizer`; the encoder is transformers' UMT5EncoderModel over our own
+weights (`text_layouts`). transformers is imported on first use: it takes seconds, and planning
+needs none of it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import html
 import re
 from importlib.util import find_spec
-from pathlib import Path
 from typing import cast
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from reelpool.errors import WeightError
+from reelpool.errors import NumericError
 
 from .keys import text_tensors
+from .plain_weights import load_plain
 from .spec import TextSpec
+from .tokenizer import TokenizerSource
 from .weights import WeightSource
 
 
@@ -45,36 +45,40 @@ class TextEncoder:
 
     def __init__(
         self,
-        folder: Path,
         spec: TextSpec,
         source: WeightSource,
+        tokenizer: TokenizerSource,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """Load tokenizer and weights.
 
         Args:
-            folder: the model folder, with `tokenizer/`.
             spec: geometry.
-            source: the encoder's weights under transformers names, already checked.
+            source: the encoder's weights under transformers names, already checked; quantised ones
+                are decoded to `dtype`.
+            tokenizer: read first, before any weight.
             dtype: compute type; float16 overflows in UMT5, use float32 or bfloat16.
             device: where to compute.
         Raises:
-            WeightError: if the tokenizer is broken or made for another vocabulary.
+            WeightError: if the tokenizer is broken or made for another vocabulary, or a weight is
+                not finite.
         """
         self._spec = spec
         self._device = device
-        self._tokenizer = _load_tokenizer(folder / "tokenizer" / "tokenizer.json", spec)
-        self._model = _load_umt5(spec, source, dtype)
-        self._model.to(device)
+        self._words = tokenizer
+        self._tokenizer = tokenizer.load(spec)
+        self._model = _load_umt5(spec, source, dtype, device)
 
     def encode(self, prompt: str) -> Tensor:
         """Encode a prompt, cleaned first.
 
         Returns:
             (512, text_dim) float32 on the CPU; rows after the prompt's end are zero.
+        Raises:
+            NumericError: if the encoder's type cannot hold its values.
         """
-        tokens = self._tokenizer.encode(clean_prompt(prompt))
+        tokens = self._words.encode(self._tokenizer, clean_prompt(prompt))
         length = sum(tokens.attention_mask)
         ids = torch.tensor([tokens.ids], device=self._device)
         mask = torch.tensor([tokens.attention_mask], device=self._device)
@@ -82,6 +86,9 @@ class TextEncoder:
             hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state[0]
         rows = torch.zeros(self._spec.max_length, self._spec.dim)
         rows[:length] = hidden[:length].float().cpu()
+        if not rows.isfinite().all():
+            where = f"the embeddings of {prompt[:40]!r}"
+            raise NumericError("encode_text", where, "compute in bfloat16 or float32")
         return rows
 
     @property
@@ -90,22 +97,9 @@ class TextEncoder:
         return sum(p.numel() * p.element_size() for p in self._model.parameters())
 
 
-def _load_tokenizer(path: Path, spec: TextSpec) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every kind of damage
-        raise WeightError(str(path), f"a broken file ({error})", "a tokenizer") from None
-    highest = max(tokenizer.get_vocab().values(), default=0)
-    if highest >= spec.vocab_size:
-        expected = f"at most {spec.vocab_size - 1}, the text encoder's vocab_size less 1"
-        raise WeightError(str(path), f"token number {highest}", expected)
-    pad = tokenizer.token_to_id("<pad>")
-    tokenizer.enable_truncation(spec.max_length)
-    tokenizer.enable_padding(length=spec.max_length, pad_id=0 if pad is None else pad)
-    return tokenizer
-
-
-def _load_umt5(spec: TextSpec, source: WeightSource, dtype: torch.dtype) -> nn.Module:
+def _load_umt5(
+    spec: TextSpec, source: WeightSource, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(
@@ -123,7 +117,7 @@ def _load_umt5(spec: TextSpec, source: WeightSource, dtype: torch.dtype) -> nn.M
     )
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
-    weights = {name: source.get(name).to(dtype) for name in text_tensors(spec)}
+    weights = {name: load_plain(source, name, dtype, device) for name in text_tensors(spec)}
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
     model.load_state_dict(weights, assign=True)
     model.encoder.embed_tokens = model.shared  # assigned apart they would be moved apart

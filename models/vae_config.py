@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 from reelpool.errors import ConfigError, WeightError
 
-from .spec import PRESETS, VaeSpec
+from .presets import WAN21_VAE as WAN21
+from .spec import VaeSpec
 
 FILE = "vae/config.json"
-WAN21 = PRESETS["wan2.1-t2v-1.3b"].vae
 
 
 def vae_spec_from_config(config: Mapping[str, object]) -> VaeSpec:

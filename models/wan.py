@@ -15,7 +15,6 @@ Source: Wan2.1 and Wan2.2 repositories, wan/modules/model.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,12 +25,8 @@ from torch import Tensor
 from .attention import attention
 from .rope import rotate
 from .spec import LatentShape, NumericsProfile, TransformerSpec
-from .wan_weights import BlockWeights, EnterWeights, LeaveWeights, TextWeights
-
-# Few rows take other matrix kernels, and which ones depends on the number of threads: a row's bits
-# were the same for every row count from 12 up with 1 and 2 threads, and not below (MKL, float32;
-# 1 row also in bfloat16). Products over frames or text rows are therefore padded to this multiple.
-ROW_MULTIPLE = 32
+from .wan_context import KeyValue, pad_rows
+from .wan_weights import BlockWeights, EnterWeights, FpsWeights, LeaveWeights
 
 
 @dataclass(frozen=True)
@@ -48,38 +43,15 @@ class Hidden:
     e0: Tensor
 
 
-@dataclass(frozen=True)
-class TextContext:
-    """Text rows at the transformer's width, equal padding rows folded into one.
-
-    Wan pads every prompt to 512 rows and attends to all of them without a mask. The padding rows
-    are equal, so one of them with log(copies) added to its attention score stands for all: the
-    same function, and for a prompt of 40 words (64 rows) an eighth of the keys, values and scores.
-
-    rows: (n, dim), n <= 512. bias: (n,) float32 added to the scores, None when nothing was folded.
-    """
-
-    rows: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class TextKV:
-    """Keys and values of the text for one block, (n, heads, head_dim), and their score bias."""
-
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
-
-
 def enter(
     spec: TransformerSpec,
     weights: EnterWeights,
     latents: Tensor,
     timesteps: Tensor,
     numerics: NumericsProfile,
+    fps: float | None = None,
 ) -> Hidden:
-    """Embed patches and time.
+    """Embed patches, time and, for models that are told, the frame rate.
 
     Args:
         spec: geometry.
@@ -87,51 +59,18 @@ def enter(
         latents: (1, in_channels, F, h, w) float32.
         timesteps: (F,) float32, 0 to 1000, one for each latent frame.
         numerics: the job's numerics profile.
+        fps: frames per second; None counts as the 24 that SkyReels-V2 makes.
     Returns:
         The hidden state before block 0.
     """
     patches = _patches(latents[0], spec.patch_size)
     x = weights.patch(patches.to(weights.patch.dtype))
     e = _time_embedding(spec, weights, timesteps)
-    projected = weights.time_projection(F.silu(e).to(weights.time_projection.dtype))
+    projected = weights.time_projection(F.silu(e).to(weights.time_projection.dtype)).float()
+    if weights.fps is not None:
+        projected += _fps_projection(weights.fps, fps)
     frames = timesteps.shape[0]
-    return Hidden(x, e[:frames], projected[:frames].float().unflatten(1, (6, spec.dim)))
-
-
-def embed_text(weights: TextWeights, prompt_embeds: Tensor) -> TextContext:
-    """Bring encoded text to the transformer's width.
-
-    Args:
-        weights: the text projection.
-        prompt_embeds: (512, text_dim), padding rows zero.
-    Returns:
-        The context for `text_key_value`.
-    """
-    length = prompt_embeds.shape[0]
-    same_as_last = (prompt_embeds == prompt_embeds[-1]).all(dim=-1)
-    copies = int(same_as_last.flip(0).long().cumprod(0).sum())
-    kept = min(length, _rounded_up(length - copies + 1))
-    rows, bias = prompt_embeds[:kept], None
-    if kept < length:
-        bias = torch.zeros(kept, device=rows.device)
-        bias[-1] = math.log(length - kept + 1)
-    hidden = weights.first(rows.to(weights.first.dtype))
-    return TextContext(weights.second(F.gelu(hidden, approximate="tanh")), bias)
-
-
-def text_key_value(spec: TransformerSpec, weights: BlockWeights, context: TextContext) -> TextKV:
-    """Keys and values of the text for one block: the same in every step of a job.
-
-    Args:
-        spec: geometry.
-        weights: the block.
-        context: from `embed_text`.
-    """
-    key, value = weights.cross_kv(context.rows).chunk(2, dim=-1)
-    key = F.rms_norm(key, (spec.dim,), weights.cross_norm_k, spec.eps)
-    heads = (spec.num_heads, spec.head_dim)
-    bias = None if context.bias is None else context.bias.to(key.dtype)
-    return TextKV(key.unflatten(-1, heads), value.unflatten(-1, heads), bias)
+    return Hidden(x, e[:frames], projected[:frames].unflatten(1, (6, spec.dim)))
 
 
 def run_block(
@@ -139,8 +78,9 @@ def run_block(
     weights: BlockWeights,
     hidden: Hidden,
     rope: Tensor,
-    text: TextKV,
+    text: KeyValue,
     numerics: NumericsProfile,
+    image: KeyValue | None = None,
 ) -> None:
     """Run one block, adding into `hidden.x` in place.
 
@@ -151,17 +91,19 @@ def run_block(
         rope: (L, head_dim / 2) complex64 from `rope_table`.
         text: from `text_key_value`.
         numerics: the job's numerics profile.
+        image: from `image_key_value`; without, the block attends to the text alone.
     """
     modulation = weights.modulation + hidden.e0
     chunks = list(token_chunks(hidden.x.shape[0], modulation.shape[0], numerics.token_chunk))
-    attended = _self_attention(spec, weights, hidden.x, modulation, rope, chunks, numerics)
+    tokens = _Tokens(spec, weights, hidden.x, modulation, rope)
+    attended = _self_attention(tokens, chunks, numerics)
     for chunk in chunks:
-        x = hidden.x[chunk.start : chunk.stop]
-        _add_gated(x, weights.out(attended[chunk.start : chunk.stop]), modulation, 2, chunk)
-        x += _cross_attention(spec, weights, x, text, numerics)
-        inner = weights.ffn_in(_modulate(spec, x, modulation, 3, chunk))
-        torch.ops.aten.gelu_(inner, approximate="tanh")  # in place: a copy costs 1.5 % of a block
-        _add_gated(x, weights.ffn_out(inner), modulation, 5, chunk)
+        x = hidden.x[_of(chunk)]
+        _add_gated(x, weights.out(attended[_of(chunk)].flatten(1)), modulation, 2, chunk)
+        x += _cross_attention(spec, weights, x, text, image, numerics)
+        update = _feed_forward(weights, _modulate(spec, x, modulation, 3, chunk))
+        _add_gated(x, update, modulation, 5, chunk)
+        del update
 
 
 def leave(
@@ -223,10 +165,6 @@ def token_chunks(num_tokens: int, num_frames: int, size: int) -> Iterator[TokenC
             yield TokenChunk(frame * per_frame + start, frame * per_frame + stop, frame, 1)
 
 
-def _rounded_up(rows: int) -> int:
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
 def _patches(latents: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
     """(C, F, h, w) -> (tokens, C * patch): the input of the patch embedding as a matrix product."""
     pf, ph, pw = patch_size
@@ -237,15 +175,23 @@ def _patches(latents: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
 
 def _time_embedding(spec: TransformerSpec, weights: EnterWeights, timesteps: Tensor) -> Tensor:
     """(F,) -> (F rounded up to ROW_MULTIPLE, dim) float32."""
-    frames = timesteps.shape[0]
-    timesteps = F.pad(timesteps, (0, _rounded_up(frames) - frames))
+    timesteps = pad_rows(timesteps.float()[:, None])
     half = spec.freq_dim // 2
     # float32 throughout, as diffusers does and as the demo model was trained
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     frequencies = torch.exp(-torch.log(torch.tensor(10000.0)).item() * steps / half)
-    angles = timesteps.float()[:, None] * frequencies
+    angles = timesteps * frequencies
     wave = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
     return weights.time_out(F.silu(weights.time_in(wave)))
+
+
+def _fps_projection(weights: FpsWeights, fps: float | None) -> Tensor:
+    """(1, 6 dim) float32, added to the time projection of every frame.
+
+    Source: SkyReels-V2 repository, skyreels_v2_infer/modules/transformer.py and the pipelines.
+    """
+    rows = pad_rows(weights.table[:1] if fps == 16 else weights.table[1:])
+    return weights.second(F.silu(weights.first(rows)))[:1].float()
 
 
 def _modulate(
@@ -275,56 +221,132 @@ def _add_gated(x: Tensor, update: Tensor, modulation: Tensor, row: int, chunk: T
         x.copy_(total)
 
 
-def _self_attention(
-    spec: TransformerSpec,
-    weights: BlockWeights,
-    x: Tensor,
-    modulation: Tensor,
-    rope: Tensor,
-    chunks: list[TokenChunk],
-    numerics: NumericsProfile,
-) -> Tensor:
-    """(L, dim) attention output before the output projection."""
-    # a head's rows lie together in memory: CPU attention takes 3 % (bfloat16 16 %) less time
-    sizes = (spec.num_heads, x.shape[0], spec.head_dim)
-    q, k, v = (x.new_empty(sizes).transpose(0, 1) for _ in range(3))
+@dataclass(frozen=True)
+class _Tokens:
+    """What self-attention is computed from: a block's weights and its modulated input."""
+
+    spec: TransformerSpec
+    weights: BlockWeights
+    x: Tensor
+    modulation: Tensor
+    rope: Tensor
+
+    def normed(self, chunk: TokenChunk) -> Tensor:
+        """(chunk, dim): what the projections take."""
+        return _modulate(self.spec, self.x[_of(chunk)], self.modulation, 0, chunk)
+
+    def empty_heads(self, num_heads: int) -> Tensor:
+        """(L, heads, head_dim) not filled yet, a head's rows together in memory.
+
+        So CPU attention takes 3 % (bfloat16 16 %) less time, and a group of heads is contiguous.
+        """
+        sizes = (num_heads, self.x.shape[0], self.spec.head_dim)
+        return self.x.new_empty(sizes).transpose(0, 1)
+
+    def normed_heads(self, x: Tensor, norm: Tensor, chunk: TokenChunk) -> Tensor:
+        """Queries or keys (chunk, dim) normed and turned, as (chunk, heads, head_dim)."""
+        normed = F.rms_norm(x, (self.spec.dim,), norm, self.spec.eps)
+        return rotate(normed.unflatten(-1, (-1, self.spec.head_dim)), self.rope[_of(chunk)])
+
+
+def _of(chunk: TokenChunk) -> slice:
+    return slice(chunk.start, chunk.stop)
+
+
+def _self_attention(tokens: _Tokens, chunks: list[TokenChunk], numerics: NumericsProfile) -> Tensor:
+    """(L, heads, head_dim) before the output projection."""
+    if numerics.head_groups > 1:
+        return _attention_by_group(tokens, chunks, numerics)
+    q, k, v = (tokens.empty_heads(tokens.spec.num_heads) for _ in range(3))
     for chunk in chunks:
-        part = _query_key_value(spec, weights, x, modulation, rope, chunk)
-        for whole, piece in zip((q, k, v), part, strict=True):
-            whole[chunk.start : chunk.stop] = piece
-    return attention(q, k, v, numerics.attention).flatten(1)
+        _fill(tokens, chunk, q, k, v)
+    return attention(q, k, v, numerics.attention)
 
 
-def _query_key_value(
-    spec: TransformerSpec,
-    weights: BlockWeights,
-    x: Tensor,
-    modulation: Tensor,
-    rope: Tensor,
-    chunk: TokenChunk,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed and turned queries and keys, and values, of a chunk: (chunk, heads, head_dim)."""
-    tokens = slice(chunk.start, chunk.stop)
-    heads = (spec.num_heads, spec.head_dim)
-    q, k, v = weights.qkv(_modulate(spec, x[tokens], modulation, 0, chunk)).chunk(3, dim=-1)
-    q = F.rms_norm(q, (spec.dim,), weights.norm_q, spec.eps).unflatten(-1, heads)
-    k = F.rms_norm(k, (spec.dim,), weights.norm_k, spec.eps).unflatten(-1, heads)
-    return rotate(q, rope[tokens]), rotate(k, rope[tokens]), v.unflatten(-1, heads)
+def _fill(tokens: _Tokens, chunk: TokenChunk, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Queries, keys and values of a chunk. Its own tensors are gone before attention begins."""
+    weights, where = tokens.weights, _of(chunk)
+    query, key, value = weights.qkv(tokens.normed(chunk)).chunk(3, dim=-1)
+    q[where] = tokens.normed_heads(query, weights.norm_q, chunk)
+    k[where] = tokens.normed_heads(key, weights.norm_k, chunk)
+    v[where] = value.unflatten(-1, (-1, tokens.spec.head_dim))
+
+
+def _attention_by_group(
+    tokens: _Tokens, chunks: list[TokenChunk], numerics: NumericsProfile
+) -> Tensor:
+    """The same, with keys and values of one group of heads at a time.
+
+    A first pass makes all queries, and of the keys only what norms them: the mean square over the
+    full width. Then every group makes its keys and values, and what it attends to takes the place
+    of its queries. So beside the residual stream lives one tensor of its size, and 3 in the number
+    of groups: with 8 of them 2.4 streams in all instead of 5. The price is a second product for the
+    keys, and the modulation once for each group. The output projection sees all heads at once, as
+    ever: nothing is summed in another order, and no quantised matrix is cut by columns.
+    """
+    num_heads = tokens.spec.num_heads
+    num_groups = min(numerics.head_groups, num_heads)
+    q = tokens.empty_heads(num_heads)
+    key_scale = tokens.x.new_empty((tokens.x.shape[0], 1), dtype=torch.float32)
+    for chunk in chunks:
+        _fill_queries(tokens, chunk, q, key_scale)
+    # one pair for all groups: a new one would lie beside the old one for a moment
+    keys, values = (tokens.empty_heads(-(-num_heads // num_groups)) for _ in range(2))
+    for group in range(num_groups):
+        first, last = (num_heads * index // num_groups for index in (group, group + 1))
+        k, v = keys[:, : last - first], values[:, : last - first]
+        for chunk in chunks:
+            _fill_group(tokens, chunk, first, key_scale, k, v)
+        q[:, first:last] = attention(q[:, first:last], k, v, numerics.attention)
+    return q
+
+
+def _fill_queries(tokens: _Tokens, chunk: TokenChunk, q: Tensor, key_scale: Tensor) -> None:
+    """Queries of a chunk, and 1 / RMS of its keys over the full width, (chunk, 1) float32."""
+    spec, weights = tokens.spec, tokens.weights
+    query, key = weights.qkv.rows(0, 2 * spec.dim)(tokens.normed(chunk)).chunk(2, dim=-1)
+    q[_of(chunk)] = tokens.normed_heads(query, weights.norm_q, chunk)
+    mean_square = key.float().square().mean(-1, keepdim=True)
+    key_scale[_of(chunk)] = mean_square.add_(spec.eps).rsqrt_()
+
+
+def _fill_group(
+    tokens: _Tokens, chunk: TokenChunk, first: int, key_scale: Tensor, k: Tensor, v: Tensor
+) -> None:
+    """Keys and values of a chunk for the heads from `first` on that `k` and `v` hold."""
+    spec, weights = tokens.spec, tokens.weights
+    start, stop = first * spec.head_dim, (first + k.shape[1]) * spec.head_dim
+    heads = (k.shape[1], spec.head_dim)
+    normed = tokens.normed(chunk)
+    v[_of(chunk)] = weights.qkv.rows(2 * spec.dim + start, 2 * spec.dim + stop)(normed).unflatten(
+        -1, heads
+    )
+    key = weights.qkv.rows(spec.dim + start, spec.dim + stop)(normed).float()
+    key.mul_(key_scale[_of(chunk)]).mul_(weights.norm_k[start:stop])
+    k[_of(chunk)] = rotate(key.unflatten(-1, heads), tokens.rope[_of(chunk)])
+
+
+def _feed_forward(weights: BlockWeights, x: Tensor) -> Tensor:
+    inner = weights.ffn_in(x)
+    torch.ops.aten.gelu_(inner, approximate="tanh")  # in place: a copy costs 1.5 % of a block
+    return weights.ffn_out(inner)
 
 
 def _cross_attention(
     spec: TransformerSpec,
     weights: BlockWeights,
     x: Tensor,
-    text: TextKV,
+    text: KeyValue,
+    image: KeyValue | None,
     numerics: NumericsProfile,
 ) -> Tensor:
-    """(chunk, dim) update from the text."""
+    """(chunk, dim) update from the text and the image: attended one by one, then summed."""
     normed = x
     if weights.cross_norm is not None:
         normed = F.layer_norm(x.float(), (spec.dim,), *weights.cross_norm, spec.eps).to(x.dtype)
     query = F.rms_norm(weights.cross_q(normed), (spec.dim,), weights.cross_norm_q, spec.eps)
     query = query.unflatten(-1, (spec.num_heads, spec.head_dim))
-    return weights.cross_out(
-        attention(query, text.key, text.value, numerics.attention, text.bias).flatten(1)
-    )
+    attended = attention(query, text.key, text.value, numerics.attention, text.bias)
+    if image is not None:
+        attended = attended + attention(query, image.key, image.value, numerics.attention)
+    return weights.cross_out(attended.flatten(1))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from reelpool.errors import ConfigError, StateError
 
+from .plain_weights import load_plain
 from .spec import VaeSpec
 from .vae_config import check_spec, vae_spec_from_config
 from .vae_layers import (
@@ -378,7 +379,7 @@ def load_vae(
     the parameters before training them.
 
     Raises:
-        MissingTensor, ShapeMismatch: if the source does not fit the spec.
+        WeightError: if the source does not fit the spec, or a tensor is not finite.
         ConfigError: if the spec's parts do not fit together.
     """
     with torch.device("meta"):
@@ -386,7 +387,7 @@ def load_vae(
     vae.requires_grad_(False)
     names = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     check_tensors(source, names)
-    weights = {name: source.get(name).to(device=device, dtype=dtype) for name in names}
+    weights = {name: load_plain(source, name, dtype, device) for name in names}
     vae.load_state_dict(weights, assign=True)
     return vae
 

@@ -1,4 +1,4 @@
-"""Weights of the Wan transformer as plain frozen records, and how they are read.
+"""Weights of the Wan transformer as plain frozen records, and how they are read and checked.
 
 A block's weights are independent of any other's, so that blocks may come and go. The query, key and
 value matrices are stacked: one product makes all three.
@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from .finite import check_finite
 from .linear import Linear, stack
 from .spec import TransformerSpec
 from .weights import WeightSource
@@ -36,6 +37,17 @@ class BlockWeights:
     cross_out: Linear
     ffn_in: Linear
     ffn_out: Linear
+    image_kv: Linear | None = None  # only of models that attend to an image
+    image_norm_k: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FpsWeights:
+    """Weights that bring the frame rate into the modulation (SkyReels-V2)."""
+
+    table: Tensor  # (2, dim): 16 frames per second, any other
+    first: Linear
+    second: Linear  # (6 dim, dim)
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class EnterWeights:
     time_in: Linear
     time_out: Linear
     time_projection: Linear
+    fps: FpsWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,17 @@ class TextWeights:
 
     first: Linear
     second: Linear
+
+
+@dataclass(frozen=True)
+class ImageWeights:
+    """What brings image features to the transformer's width. Norms and positions are float32."""
+
+    positions: Tensor | None  # (rows, image_dim), only of models of first and last frame
+    norm_in: tuple[Tensor, Tensor]
+    first: Linear
+    second: Linear
+    norm_out: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,12 +90,20 @@ class LeaveWeights:
 
 def load_enter(spec: TransformerSpec, source: WeightSource, dtype: torch.dtype) -> EnterWeights:
     """Read the layers before the blocks from canonical names."""
-    patch = source.get("patch_embedding.weight").to(dtype).flatten(1)
+    patch = _tensor(source, "patch_embedding.weight", dtype).flatten(1)
+    fps = None
+    if spec.fps_embedding:
+        fps = FpsWeights(
+            _tensor(source, "fps_embedding.weight", dtype),
+            _linear(source, "fps_projection.0", dtype),
+            _linear(source, "fps_projection.2", dtype),
+        )
     return EnterWeights(
-        Linear(patch, source.get("patch_embedding.bias").to(dtype)),
+        Linear(patch, _tensor(source, "patch_embedding.bias", dtype)),
         _linear(source, "time_embedding.0", torch.float32),
         _linear(source, "time_embedding.2", torch.float32),
         _linear(source, "time_projection.1", dtype),
+        fps,
     )
 
 
@@ -82,9 +114,27 @@ def load_text(source: WeightSource, dtype: torch.dtype) -> TextWeights:
     )
 
 
+def load_image(
+    spec: TransformerSpec, source: WeightSource, dtype: torch.dtype
+) -> ImageWeights | None:
+    """Read the image embedding from canonical names; None for a model without one."""
+    if not spec.image_dim:
+        return None
+    positions = None
+    if spec.image_positions:
+        positions = _tensor(source, "img_emb.emb_pos", torch.float32).squeeze(0)
+    return ImageWeights(
+        positions,
+        _norm(source, "img_emb.proj.0"),
+        _linear(source, "img_emb.proj.1", dtype),
+        _linear(source, "img_emb.proj.3", dtype),
+        _norm(source, "img_emb.proj.4"),
+    )
+
+
 def load_leave(source: WeightSource, dtype: torch.dtype) -> LeaveWeights:
     """Read the head from canonical names."""
-    modulation = source.get("head.modulation").to(torch.float32).squeeze(0)
+    modulation = _tensor(source, "head.modulation", torch.float32).squeeze(0)
     return LeaveWeights(modulation, _linear(source, "head.head", dtype))
 
 
@@ -97,19 +147,20 @@ def load_block(
     def linear(name: str) -> Linear:
         return _linear(source, prefix + name, dtype)
 
-    def vector(name: str, to: torch.dtype = dtype) -> Tensor:
-        return source.get(prefix + name).to(to)
+    def vector(name: str) -> Tensor:
+        return _tensor(source, prefix + name, dtype)
 
-    cross_norm = None
-    if spec.cross_norm:
-        cross_norm = (vector("norm3.weight", torch.float32), vector("norm3.bias", torch.float32))
+    image_kv, image_norm_k = None, None
+    if spec.image_dim:
+        image_kv = stack([linear("cross_attn.k_img"), linear("cross_attn.v_img")])
+        image_norm_k = vector("cross_attn.norm_k_img.weight")
     return BlockWeights(
-        modulation=vector("modulation", torch.float32).squeeze(0),
+        modulation=_tensor(source, prefix + "modulation", torch.float32).squeeze(0),
         qkv=stack([linear(f"self_attn.{part}") for part in "qkv"]),
         norm_q=vector("self_attn.norm_q.weight"),
         norm_k=vector("self_attn.norm_k.weight"),
         out=linear("self_attn.o"),
-        cross_norm=cross_norm,
+        cross_norm=_norm(source, prefix + "norm3") if spec.cross_norm else None,
         cross_q=linear("cross_attn.q"),
         cross_kv=stack([linear("cross_attn.k"), linear("cross_attn.v")]),
         cross_norm_q=vector("cross_attn.norm_q.weight"),
@@ -117,14 +168,29 @@ def load_block(
         cross_out=linear("cross_attn.o"),
         ffn_in=linear("ffn.0"),
         ffn_out=linear("ffn.2"),
+        image_kv=image_kv,
+        image_norm_k=image_norm_k,
     )
 
 
 def _linear(source: WeightSource, name: str, dtype: torch.dtype) -> Linear:
     """A layer: plain weights in `dtype`, quantised ones as they are stored."""
     matrix = source.matrix(f"{name}.weight")
-    weight = matrix.to(dtype) if isinstance(matrix, Tensor) else matrix
-    return Linear(weight, source.get(f"{name}.bias").to(dtype))
+    if isinstance(matrix, Tensor):
+        matrix = check_finite(source, f"{name}.weight", matrix.to(dtype))
+    elif matrix.scale is not None:
+        check_finite(source, f"{name}.weight", matrix.scale)
+    return Linear(matrix, _tensor(source, f"{name}.bias", dtype))
+
+
+def _norm(source: WeightSource, name: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a norm that is computed in float32."""
+    weight, bias = (_tensor(source, f"{name}.{part}", torch.float32) for part in ("weight", "bias"))
+    return weight, bias
+
+
+def _tensor(source: WeightSource, name: str, dtype: torch.dtype) -> Tensor:
+    return check_finite(source, name, source.get(name).to(dtype))
 
 
 Weights = TypeVar("Weights")

@@ -21,7 +21,6 @@ import torch
 
 from reelpool.errors import MissingTensor, ShapeMismatch, WeightError
 
-from .jsonfile import read_json
 from .quant import Matrix
 
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
@@ -95,7 +94,10 @@ class WeightSource(Protocol):
 
 
 class SafetensorsSource:
-    """One safetensors file, memory-mapped. Safe to read from several threads."""
+    """One safetensors file, memory-mapped. Safe to read from several threads.
+
+    metadata: the header's `__metadata__`, unchecked.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read and check the header.
@@ -104,7 +106,7 @@ class SafetensorsSource:
             WeightError: if the file is missing, truncated or not a safetensors file.
         """
         self.path = path
-        self._infos, size = _read_header(path)
+        self._infos, self.metadata, size = _read_header(path)
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
 
@@ -203,27 +205,6 @@ class RenamedSource:
             raise MissingTensor(self.where, name, "it among the file's tensors") from None
 
 
-def open_folder(folder: Path, stem: str) -> WeightSource:
-    """Open `folder/stem.safetensors`, or its shards through `stem.safetensors.index.json`.
-
-    Raises:
-        WeightError: if neither is there, a shard is missing, or a file is damaged.
-    """
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.exists():
-        return SafetensorsSource(folder / f"{stem}.safetensors")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightError(str(index), "no weight_map", "a map of tensor names to shard files")
-    shards: dict[str, WeightSource] = {}
-    for file in weight_map.values():
-        if not isinstance(file, str) or not file or Path(file).name != file:
-            raise WeightError(str(index), f"shard name {file!r}", "a file name in the same folder")
-        if file not in shards:
-            shards[file] = SafetensorsSource(folder / file)
-    return MergedSource(str(index), {name: shards[file] for name, file in weight_map.items()})
-
-
 def check_tensors(source: WeightSource, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Check that every expected tensor is there with the expected shape.
 
@@ -249,8 +230,8 @@ def mapped_tensor(mapping: mmap.mmap, info: TensorInfo) -> torch.Tensor:
     return raw.view(info.dtype).view(info.shape)
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
-    """Parse and check a safetensors header: (place of each tensor, bytes of the file)."""
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], Mapping[str, object], int]:
+    """Parse and check a safetensors header: (place of each tensor, metadata, bytes of the file)."""
     again = "download or copy the file again"
     try:
         size = path.stat().st_size
@@ -273,26 +254,32 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
         raise WeightError(str(path), "a broken header", "a JSON header", again) from None
     if not isinstance(header, dict):
         raise WeightError(str(path), "a header that is no object", "a JSON object", again)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     base = 8 + length
     infos = {name: _tensor_info(path, name, entry, base, size) for name, entry in header.items()}
     check_overlap(path, infos)
-    return infos, size
+    return infos, metadata if isinstance(metadata, dict) else {}, size
 
 
 def _tensor_info(path: Path, name: str, entry: object, base: int, size: int) -> TensorInfo:
     """Check one header entry."""
+    if not name.isprintable():  # it would break the sentences that name it
+        raise WeightError(str(path), f"a tensor name {name[:80]!r}", "printable text")
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise WeightError(str(path), f"tensor {name} without dtype, shape or data_offsets", "them")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise WeightError(
-            str(path), f"tensor {name} with shape {shape} at {offsets}", "lists of whole numbers"
+            str(path),
+            f"tensor {name} with shape {_shown(shape)} at {_shown(offsets)}",
+            "lists of whole numbers",
         )
     dtype = DTYPES.get(str(entry["dtype"]))
     if dtype is None:
         raise WeightError(
-            str(path), f"tensor {name} of type {entry['dtype']}", "one of " + ", ".join(DTYPES)
+            str(path),
+            f"tensor {name} of type {_shown(entry['dtype'])}",
+            "one of " + ", ".join(DTYPES),
         )
     start, stop = offsets
     needed = math.prod(shape) * dtype.itemsize
@@ -310,6 +297,12 @@ def _tensor_info(path: Path, name: str, entry: object, base: int, size: int) -> 
             "it is truncated: download or copy it again",
         )
     return TensorInfo(name, str(path), dtype, tuple(shape), base + start, needed)
+
+
+def _shown(value: object) -> str:
+    """A value for a message: short, on one line."""
+    text = str(value)[:80]
+    return text if text.isprintable() else repr(text)
 
 
 def _are_counts(values: object) -> bool:

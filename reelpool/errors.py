@@ -104,7 +104,7 @@ class ShapeMismatch(WeightError):
     def __str__(self) -> str:
         return (
             f"{self.file}: tensor {self.tensor} has shape {self.found}, "
-            f"expected {self.expected}; the file belongs to another model than config.json says"
+            f"expected {self.expected}; the file is damaged or belongs to another model"
         )
 
 

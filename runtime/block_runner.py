@@ -11,17 +11,20 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..models import wan, wan_weights
+from ..models import wan, wan_context, wan_weights
+from ..models.lora import Lora
 from ..models.rope import rope_table
 from ..models.spec import LatentShape, NumericsProfile, TransformerSpec
+from ..models.wan_context import Context, KeyValue
 from ..models.wan_weights import (
     BlockWeights,
     EnterWeights,
+    ImageWeights,
     LeaveWeights,
     TextWeights,
     Weights,
@@ -29,14 +32,18 @@ from ..models.wan_weights import (
     tensors_of,
 )
 from ..models.weights import WeightSource
+from .lora_cache import LoraCache
 from .types import BlockRange
 
 logger = logging.getLogger(__name__)
 
-# Text keys and values are kept between steps only where making them anew costs more than this
-# share of a forward: 6 % for the demo's 80 tokens, 0.07 % at 7,168 tokens of the 1.3B model.
+# Keys and values of a prompt or an image are kept between steps only where making them anew costs
+# more than this share of a forward: 6 % for the demo's 80 tokens, 0.07 % at 7,168 tokens of the
+# 1.3B model.
 TEXT_KV_MIN_SHARE = 0.02
-MAX_CONTEXTS = 8  # prompts kept at the transformer's width; two for each job in flight
+# Prompts and images kept at the transformer's width: two and one for each of four jobs in flight.
+MAX_CONTEXTS = 12
+ContextKey = tuple[str, str]  # "text" or "image", and its digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +55,11 @@ class ForwardInput:
     shape: the latent size.
     latents, timesteps: (1, C, F, h, w) and (F,) float32, for the first range.
     hidden: what the range before gave, for any other.
+    image_key: digest of `image_embeds`, equal for the branches of a job.
+    image_embeds: (rows, image_dim) float32, features of the images that a model with an image
+        encoder attends to; without, its blocks attend to the text alone.
+    condition: (1, C', F, h, w) float32, channels that follow those of the latents.
+    fps: frames per second, for a model that is told; None counts as 24.
     """
 
     text_key: str
@@ -56,6 +68,10 @@ class ForwardInput:
     latents: Tensor | None = None
     timesteps: Tensor | None = None
     hidden: wan.Hidden | None = None
+    image_key: str = ""
+    image_embeds: Tensor | None = None
+    condition: Tensor | None = None
+    fps: float | None = None
 
 
 class BlockRunner:
@@ -83,8 +99,10 @@ class BlockRunner:
         self._enter: EnterWeights | None = None
         self._leave: LeaveWeights | None = None
         self._text: TextWeights | None = None
-        self._contexts: OrderedDict[str, wan.TextContext] = OrderedDict()
-        self._text_kv: dict[tuple[str, int], wan.TextKV] = {}
+        self._image: ImageWeights | None = None
+        self._loras = LoraCache(spec, device)
+        self._contexts: OrderedDict[ContextKey, Context] = OrderedDict()
+        self._key_values: dict[tuple[ContextKey, int], KeyValue] = {}
         self._ropes: dict[tuple[int, int, int], Tensor] = {}
 
     def load(self, blocks: BlockRange) -> float:
@@ -96,6 +114,7 @@ class BlockRunner:
         began = time.perf_counter()
         if self._text is None:
             self._text = self._place(wan_weights.load_text(self._source, self._dtype))
+            self._image = self._place(wan_weights.load_image(self.spec, self._source, self._dtype))
         if blocks.is_first and self._enter is None:
             self._enter = self._place(wan_weights.load_enter(self.spec, self._source, self._dtype))
         if blocks.is_last and self._leave is None:
@@ -109,25 +128,28 @@ class BlockRunner:
     def free(self) -> None:
         """Drop weights and caches; the next call loads what it needs."""
         self._blocks.clear()
-        self._enter = self._leave = self._text = None
+        self._enter = self._leave = self._text = self._image = None
+        self._loras.clear()
         self.drop_caches()
 
     def drop_caches(self) -> None:
-        """Drop what can be computed again: text keys and values, rope tables."""
+        """Drop what can be computed again: keys and values of prompts and images, rope tables."""
         self._contexts.clear()
-        self._text_kv.clear()
+        self._key_values.clear()
         self._ropes.clear()
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights on the device."""
-        parts = [self._enter, self._leave, self._text, *self._blocks.values()]
-        return sum(t.numel() * t.element_size() for part in parts for t in tensors_of(part))
+        """Bytes of the weights on the device, those of LoRAs included."""
+        outer = [self._enter, self._leave, self._text, self._image]
+        parts = [*outer, *self._blocks.values()]
+        base = sum(t.numel() * t.element_size() for part in parts for t in tensors_of(part))
+        return base + self._loras.num_bytes
 
     @property
     def cache_bytes(self) -> int:
         """Bytes kept between calls besides weights."""
-        parts = [*self._contexts.values(), *self._text_kv.values(), *self._ropes.values()]
+        parts = [*self._contexts.values(), *self._key_values.values(), *self._ropes.values()]
         return sum(t.numel() * t.element_size() for part in parts for t in tensors_of(part))
 
     @torch.inference_mode()
@@ -136,6 +158,7 @@ class BlockRunner:
         blocks: BlockRange,
         forwards: Sequence[ForwardInput],
         before_block: Callable[[int], None] = lambda index: None,
+        loras: Sequence[Lora] = (),
     ) -> list[Tensor | wan.Hidden]:
         """Run a block range for several forwards.
 
@@ -143,24 +166,34 @@ class BlockRunner:
             blocks: the range.
             forwards: their inputs; hidden states must be this runner's to write.
             before_block: called with the block index; may raise to stop the call.
+            loras: put beside the weights in this order; those of strength 0 change no bit.
         Returns:
             For each forward the hidden state after the range, or, when the range is the last, the
             velocity (1, C, F, h, w) in the compute dtype.
+        Raises:
+            WeightError: if a LoRA is none for this transformer, or has values that are not finite.
         """
         self.load(blocks)
+        lora_key = self._loras.use(loras)
+        if lora_key:  # what is kept of a prompt or an image depends on the LoRAs
+            forwards = [
+                replace(f, text_key=f.text_key + lora_key, image_key=f.image_key + lora_key)
+                for f in forwards
+            ]
         hidden = [self._start(blocks, forward) for forward in forwards]
         for index in range(blocks.start, blocks.stop):
             before_block(index)
-            block = self._blocks[index]
+            block = self._loras.apply(f"blocks.{index}", self._blocks[index])
             for forward, state in zip(forwards, hidden, strict=True):
-                text = self._key_value(forward, index, block, state.x.shape[0])
+                text, image = self._attended(forward, index, block, state.x.shape[0])
                 rope = self._rope(forward.shape)
-                wan.run_block(self.spec, block, state, rope, text, self.numerics)
+                wan.run_block(self.spec, block, state, rope, text, self.numerics, image)
         if not blocks.is_last:
             return list(hidden)
         assert self._leave is not None
+        end = self._loras.apply("leave", self._leave)
         pairs = zip(forwards, hidden, strict=True)
-        return [wan.leave(self.spec, self._leave, h, f.shape, self.numerics) for f, h in pairs]
+        return [wan.leave(self.spec, end, h, f.shape, self.numerics) for f, h in pairs]
 
     def _start(self, blocks: BlockRange, forward: ForwardInput) -> wan.Hidden:
         if not blocks.is_first:
@@ -170,31 +203,55 @@ class BlockRunner:
         assert forward.latents is not None
         assert forward.timesteps is not None
         latents, steps = forward.latents.to(self.device), forward.timesteps.to(self.device)
-        return wan.enter(self.spec, self._enter, latents, steps, self.numerics)
+        if forward.condition is not None:
+            latents = torch.cat([latents, forward.condition.to(self.device)], dim=1)
+        assert latents.shape[1] == self.spec.in_channels, (latents.shape, self.spec.in_channels)
+        start = self._loras.apply("enter", self._enter)
+        return wan.enter(self.spec, start, latents, steps, self.numerics, forward.fps)
+
+    def _attended(
+        self, forward: ForwardInput, index: int, block: BlockWeights, num_tokens: int
+    ) -> tuple[KeyValue, KeyValue | None]:
+        """Keys and values of the prompt and, where there is one, of the image."""
+        key: ContextKey = ("text", forward.text_key)
+        text = self._key_value(key, forward.prompt_embeds, index, block, num_tokens)
+        if forward.image_embeds is None:
+            return text, None
+        key = ("image", forward.image_key)
+        return text, self._key_value(key, forward.image_embeds, index, block, num_tokens)
 
     def _key_value(
-        self, forward: ForwardInput, index: int, block: BlockWeights, num_tokens: int
-    ) -> wan.TextKV:
-        context = self._context(forward)  # also where its keys are kept: this prompt is in use
-        found = self._text_kv.get((forward.text_key, index))
+        self, key: ContextKey, embeds: Tensor, index: int, block: BlockWeights, num_tokens: int
+    ) -> KeyValue:
+        context = self._context(key, embeds)  # also where its keys are kept: it is in use
+        found = self._key_values.get((key, index))
         if found is not None:
             return found
-        text = wan.text_key_value(self.spec, block, context)
+        is_text = key[0] == "text"
+        make = wan_context.text_key_value if is_text else wan_context.image_key_value
+        made = make(self.spec, block, context)
         if self.spec.text_kv_share(num_tokens, context.rows.shape[0]) > TEXT_KV_MIN_SHARE:
-            self._text_kv[forward.text_key, index] = text
-        return text
+            self._key_values[key, index] = made
+        return made
 
-    def _context(self, forward: ForwardInput) -> wan.TextContext:
-        """The prompt at the transformer's width; the oldest prompt makes room, with its keys."""
-        if forward.text_key not in self._contexts:
-            assert self._text is not None
-            embeds = forward.prompt_embeds.to(self.device)
-            self._contexts[forward.text_key] = wan.embed_text(self._text, embeds)
+    def _context(self, key: ContextKey, embeds: Tensor) -> Context:
+        """A prompt or image at the transformer's width; the oldest makes room, with its keys."""
+        if key not in self._contexts:
+            if key[0] == "text":
+                assert self._text is not None
+                text = self._loras.apply("text", self._text)
+                self._contexts[key] = wan_context.embed_text(text, embeds)
+            else:
+                assert self._image is not None
+                image = self._loras.apply("image", self._image)
+                embeds = embeds.to(self.device)
+                self._contexts[key] = wan_context.embed_image(image, embeds)
             if len(self._contexts) > MAX_CONTEXTS:
                 oldest, _ = self._contexts.popitem(last=False)
-                self._text_kv = {k: v for k, v in self._text_kv.items() if k[0] != oldest}
-        self._contexts.move_to_end(forward.text_key)
-        return self._contexts[forward.text_key]
+                kept = {k: v for k, v in self._key_values.items() if k[0] != oldest}
+                self._key_values = kept
+        self._contexts.move_to_end(key)
+        return self._contexts[key]
 
     def _rope(self, shape: LatentShape) -> Tensor:
         pf, ph, pw = self.spec.patch_size

@@ -7,7 +7,7 @@ so a run can be taken up from any of them.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,8 @@ from reelpool.errors import NumericError
 from ..models.spec import LatentShape
 from .guidance import combine, needs_uncond
 from .noise import frame_noise
-from .solver import Schedule, StepState, advance, check_state, timesteps
+from .schedule import Schedule
+from .solver import StepState, advance, check_state, timesteps
 from .types import Branch, ForwardKey
 
 
@@ -45,7 +46,7 @@ def denoise(
     job_id: str,
     schedule: Schedule,
     state: StepState,
-    guidance: float,
+    guidance: Sequence[float],
     seed: int,
     *,
     first_frame: int = 0,
@@ -56,7 +57,8 @@ def denoise(
         job_id: the job's name in the keys of its forwards.
         schedule: noise levels and solver.
         state: from `solver.start`, or from the snapshot of any step.
-        guidance: guidance scale; up to 1 only the cond branch is asked for.
+        guidance: guidance scale of every step (two experts may have two); up to 1 only the cond
+            branch is asked for.
         seed: the job's seed, for solvers that add fresh noise.
         first_frame: absolute latent frame of the state's first frame, for the same.
     Yields:
@@ -67,11 +69,13 @@ def denoise(
         StateError: if the state does not fit the schedule.
         NumericError: if a velocity is not finite.
     """
+    assert len(guidance) == schedule.num_steps, guidance
     check_state(schedule, state)
     while not state.is_finished:
-        request = _request(job_id, schedule, state, guidance)
+        scale = guidance[min(state.step)]
+        request = _request(job_id, schedule, state, scale)
         velocities = yield request
-        velocity = combine(_by_branch(request, velocities), guidance)
+        velocity = combine(_by_branch(request, velocities), scale)
         noise = _fresh_noise(state, seed, first_frame) if schedule.needs_noise else None
         state = advance(schedule, state, velocity, noise=noise)
     return state

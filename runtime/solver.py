@@ -10,126 +10,18 @@ Source: UniPC (arXiv 2302.04867), DPM-Solver++ (2211.01095), LCM (2310.04378) an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from reelpool.errors import ConfigError, StateError
+from reelpool.errors import StateError
 
-SOLVERS: Final = ("unipc", "euler", "dpmpp", "lcm")
-NUM_TRAIN_STEPS: Final = 1000  # timestep = 1000 * sigma
+from .schedule import Schedule
 
 _DEPTH: Final = {"unipc": 2, "euler": 0, "dpmpp": 1, "lcm": 0}  # x0 predictions kept
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The noise levels a run passes through; every number is an exact float32.
-
-    solver: one of SOLVERS.
-    shift: how strongly the levels are moved towards noise; 1 leaves them.
-    sigmas: num_steps + 1 falling levels, the last 0.
-    timesteps: num_steps values, what the model is told at each step.
-    """
-
-    solver: str
-    shift: float
-    sigmas: tuple[float, ...]
-    timesteps: tuple[float, ...]
-
-    @property
-    def num_steps(self) -> int:
-        """Number of steps."""
-        return len(self.timesteps)
-
-    @property
-    def needs_noise(self) -> bool:
-        """Whether `advance` must be given fresh noise."""
-        return self.solver == "lcm"
-
-
-def distilled_sigmas() -> tuple[float, ...]:
-    """Levels before the shift that 4-step distilled models (lightx2v) were trained on."""
-    return (1.0, 0.75, 0.5, 0.25)
-
-
-def make_schedule(
-    solver: str, num_steps: int, shift: float, sigmas: Sequence[float] | None = None
-) -> Schedule:
-    """Lay out the noise levels of a run.
-
-    Args:
-        solver: one of SOLVERS.
-        num_steps: at least 1.
-        shift: above 0; sigma becomes shift * sigma / (1 + (shift - 1) * sigma).
-        sigmas: the levels before the shift, num_steps of them, falling within (0, 1]; by default
-            the solver's own grid.
-    Raises:
-        ConfigError: if an argument is outside of its range.
-    """
-    if solver not in SOLVERS:
-        raise ConfigError("solver", f"unknown solver {solver!r}", f"use one of {list(SOLVERS)}")
-    if num_steps < 1:
-        raise ConfigError("steps", f"{num_steps} steps", "use at least 1")
-    if not 0 < shift < float("inf"):
-        raise ConfigError("shift", f"shift {shift}", "use a number above 0, e.g. 5")
-    if sigmas is not None:
-        _check_sigmas(sigmas, num_steps)
-    if solver in ("unipc", "dpmpp"):
-        levels, times = _multistep_grid(solver, num_steps, shift, sigmas)
-    else:
-        levels, times = _flow_match_grid(num_steps, shift, sigmas)
-    return Schedule(solver, shift, (*levels, 0.0), times)
-
-
-def _check_sigmas(sigmas: Sequence[float], num_steps: int) -> None:
-    falling = all(a > b for a, b in pairwise((1.0 + 1e-9, *sigmas, 0.0)))
-    if len(sigmas) != num_steps or not falling:
-        raise ConfigError("sigmas", f"{list(sigmas)}", f"give {num_steps} falling, in (0, 1]")
-
-
-def _multistep_grid(
-    solver: str, num_steps: int, shift: float, sigmas: Sequence[float] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Levels and whole-number timesteps of the solvers that work in log-SNR.
-
-    Source: diffusers 0.42.1, `set_timesteps` of UniPCMultistepScheduler and
-    DPMSolverMultistepScheduler with use_flow_sigmas. The latter takes no levels; given levels are
-    treated as the former does.
-    """
-    if sigmas is None:
-        base = np.linspace(1, 1 / NUM_TRAIN_STEPS, num_steps + 1)
-        base = (1.0 - base)[:0:-1] if solver == "dpmpp" else base[:-1]
-    else:
-        base = np.array(sigmas, dtype=np.float64)
-    levels = base * shift / (1 + (shift - 1) * base)
-    if abs(levels[0] - 1) < 1e-6:
-        levels[0] -= 1e-6  # pure noise has no finite log-SNR
-    times = (levels * NUM_TRAIN_STEPS).astype(np.int64)
-    return tuple(levels.astype(np.float32).tolist()), tuple(float(t) for t in times)
-
-
-def _flow_match_grid(
-    num_steps: int, shift: float, sigmas: Sequence[float] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Levels and timesteps of Euler and LCM; their own grid applies the shift twice at its end.
-
-    Source: diffusers 0.42.1, FlowMatchEulerDiscreteScheduler and FlowMatchLCMScheduler.
-    """
-    if sigmas is None:
-        ends = torch.tensor([1.0, 1 / NUM_TRAIN_STEPS], dtype=torch.float32)
-        first, last = (ends * shift / (1 + (shift - 1) * ends)).tolist()
-        base = np.linspace(first * NUM_TRAIN_STEPS, last * NUM_TRAIN_STEPS, num_steps)
-        base = base / NUM_TRAIN_STEPS
-    else:
-        base = np.array(sigmas, dtype=np.float32)
-    levels = torch.from_numpy(base * shift / (1 + (shift - 1) * base)).to(torch.float32)
-    return tuple(levels.tolist()), tuple((levels * NUM_TRAIN_STEPS).tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,20 +92,27 @@ class StepState:
         )
 
 
-def start(schedule: Schedule, latents: Tensor, first_step: int = 0) -> StepState:
+def start(
+    schedule: Schedule, latents: Tensor, first_step: int = 0, finished: Tensor | None = None
+) -> StepState:
     """State before the first step.
 
     Args:
         schedule: the run's schedule.
         latents: (1, C, F, h, w) float32, at noise level `schedule.sigmas[first_step]`.
         first_step: index of the first step of all frames; above 0 when starting from a video.
+        finished: (1, C, n, h, w) float32, given latent frames that replace the first n: the model
+            is told timestep 0 for them, and they stay as they are.
     """
     assert latents.dtype == torch.float32, latents.dtype
     assert 0 <= first_step <= schedule.num_steps, first_step
     _, _, num_frames, _, _ = latents.shape
+    num_given = 0 if finished is None else finished.shape[2]
+    if finished is not None:
+        latents = torch.cat([finished, latents[:, :, num_given:]], dim=2)
     return StepState(
         latents=latents,
-        step=(first_step,) * num_frames,
+        step=(schedule.num_steps,) * num_given + (first_step,) * (num_frames - num_given),
         order=(0,) * num_frames,
         history=tuple(torch.zeros_like(latents) for _ in range(_DEPTH[schedule.solver])),
         last_sample=torch.zeros_like(latents) if schedule.solver == "unipc" else None,

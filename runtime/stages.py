@@ -1,4 +1,4 @@
-"""The stages of a job on one card: text to embeddings, forwards, latents to frames.
+"""The stages of a job on one card: text and images to conditions, forwards, latents to frames.
 
 `CardStages` holds what a card has loaded. Every method is a pure function of its arguments, so any
 card with the weights can redo it; what is kept between calls only saves time. It does not know who
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,13 +17,17 @@ from torch import Tensor
 from reelpool.errors import OutOfDeviceMemory, WeightError
 
 from ..models.files import ModelFiles, open_model
+from ..models.image_encoder import ImageEncoder
+from ..models.lora import Lora, LoraFile, open_lora
+from ..models.parts import Parts
 from ..models.text import TextEncoder
 from ..models.wan import Hidden
 from ..models.wan_vae import VaeState, WanVae, load_vae
 from .block_runner import BlockRunner, ForwardInput
+from .conditioning import first_latent, fit_image, image_condition, unit_image
 from .device import Card, torch_device
 from .results import key_of
-from .types import BlockCall, BlockRange, DecodeCall, ModelRef
+from .types import BlockCall, BlockRange, DecodeCall, ImageCall, ModelRef
 from .video import to_uint8
 from .wire import Packet, pack, unpack
 
@@ -39,9 +44,11 @@ class CardStages:
         """Nothing is loaded until a call needs it."""
         self.card = card
         self.device = torch_device(card.name)
-        self._files: dict[str, ModelFiles] = {}
-        self._runners: dict[ModelRef, BlockRunner] = {}
+        self._files: dict[tuple[str, Parts], ModelFiles] = {}
+        self._runners: dict[tuple[ModelRef, int], BlockRunner] = {}
+        self._loras: dict[str, LoraFile] = {}
         self._text: dict[str, TextEncoder] = {}
+        self._image_encoders: dict[str, ImageEncoder] = {}
         self._vaes: dict[tuple[str, str], WanVae] = {}
         self._streams: OrderedDict[str, tuple[int, VaeState]] = OrderedDict()
 
@@ -51,21 +58,22 @@ class CardStages:
         Raises:
             WeightError: if this host's files differ from those the job was planned with.
         """
-        if model.name not in self._files:
-            self._files[model.name] = open_model(model.name)
-        files = self._files[model.name]
+        key = (model.name, model.parts)
+        if key not in self._files:
+            self._files[key] = open_model(*key)
+        files = self._files[key]
         if files.digest != model.digest:
             raise WeightError(
-                str(files.folder),
+                str(files.folder or model.name),
                 f"files with digest {files.digest[:8]}",
                 f"{model.digest[:8]}, those of the machine that planned the job",
-                "copy the same model folder to every machine",
+                "copy the same model files to every machine",
             )
         return files
 
-    def load_blocks(self, model: ModelRef, blocks: BlockRange) -> float:
-        """Bring a block range onto the card; returns seconds."""
-        return self._runner(model).load(blocks)
+    def load_blocks(self, model: ModelRef, blocks: BlockRange, expert: int = 0) -> float:
+        """Bring a block range of an expert onto the card; returns seconds."""
+        return self._runner(model, expert).load(blocks)
 
     def encode_text(self, model: ModelRef, prompt: str) -> Packet:
         """Encode a prompt: a packet with `prompt_embeds` (512, text_dim) float32.
@@ -75,20 +83,47 @@ class CardStages:
         files = self.files(model)
         if files.digest not in self._text:
             self._text[files.digest] = TextEncoder(
-                files.folder, files.spec.text, files.text_encoder, torch.float32, self.device
+                files.spec.text, files.text_encoder, files.tokenizer, torch.float32, self.device
             )
         embeds = self._text[files.digest].encode(prompt)
         return pack({"prompt_embeds": embeds}, {"key": prompt_key(model, prompt)})
+
+    @torch.inference_mode()
+    def encode_image(self, call: ImageCall, images: Packet) -> Packet:
+        """Make what the network takes of a job's images; see ImageCall for the packets.
+
+        The packet's `key` tells what it holds apart.
+        """
+        spec = self.files(call.model).spec
+        pixels, meta = unpack(images)
+        fitted = {
+            name: fit_image(image, call.width, call.height).to(self.device)
+            for name, image in pixels.items()
+        }
+        vae = self._vae(call.model)
+        if spec.image == "concat":
+            condition = image_condition(vae, fitted["first"], fitted.get("last"), call.frames)
+            made = {"condition": condition}
+        else:
+            made = {"latent": first_latent(vae, fitted["first"])}
+        if spec.image_encoder is not None:
+            encoder = self._image_encoder(call.model)
+            features = [encoder.encode(unit_image(image)) for image in pixels.values()]
+            made["image_embeds"] = torch.cat(features)
+        key = key_of("encode_image", call=call, images=meta["digest"])
+        return pack(made, {"key": str(key)})
 
     def run_blocks(
         self,
         call: BlockCall,
         inputs: Packet,
         prompts: tuple[Packet, ...],
+        image: Packet | None = None,
         before_block: Callable[[int], None] = lambda index: None,
     ) -> Packet:
         """Run the forwards of a call over its block range; see BlockCall for the packets."""
         tensors, _ = unpack(inputs)
+        given, about = unpack(image) if image is not None else ({}, {"key": ""})
         forwards = []
         for branch, packet in zip(call.branches, prompts, strict=True):
             text, meta = unpack(packet)
@@ -104,9 +139,14 @@ class CardStages:
                     latents=tensors.get("latents"),
                     timesteps=tensors.get("timesteps"),
                     hidden=hidden,
+                    image_key=str(about["key"]),
+                    image_embeds=given.get("image_embeds"),
+                    condition=given.get("condition"),
+                    fps=call.fps,
                 )
             )
-        results = self._runner(call.model).run(call.blocks, forwards, before_block)
+        runner = self._runner(call.model, call.expert)
+        results = runner.run(call.blocks, forwards, before_block, self._loras_of(call))
         named: dict[str, Tensor] = {}
         for branch, result in zip(call.branches, results, strict=True):
             if isinstance(result, Hidden):
@@ -141,7 +181,9 @@ class CardStages:
         for runner in self._runners.values():
             runner.free()
         self._runners.clear()
+        self._loras.clear()
         self._text.clear()
+        self._image_encoders.clear()
         self._vaes.clear()
         self._streams.clear()
         if self.card.is_cuda:
@@ -155,17 +197,46 @@ class CardStages:
             "transformer": sum(runner.weight_bytes for runner in runners),
             "caches": sum(runner.cache_bytes for runner in runners),
             "text_encoder": sum(text.num_bytes for text in self._text.values()),
+            "image_encoder": sum(image.num_bytes for image in self._image_encoders.values()),
             "vae": sum(p.numel() * p.element_size() for p in vae_weights),
             "vae_streams": sum(state.num_bytes for _, state in self._streams.values()),
         }
 
-    def _runner(self, model: ModelRef) -> BlockRunner:
-        if model not in self._runners:
+    def _runner(self, model: ModelRef, expert: int) -> BlockRunner:
+        """The runner of an expert; the other one's weights leave if both would not fit."""
+        key = (model, expert)
+        if key not in self._runners:
             files = self.files(model)
-            self._runners[model] = BlockRunner(
-                files.spec.transformer, files.transformer, model.numerics, self.device
+            self._runners[key] = BlockRunner(
+                files.spec.transformer,
+                files.transformers[expert],
+                model.numerics,
+                self.device,
             )
-        return self._runners[model]
+        runner, other = self._runners[key], self._runners.get((model, 1 - expert))
+        if other is not None and runner.weight_bytes == 0:
+            # the experts are of equal size, and a card runs the same blocks of both
+            needed = sum(self.held_bytes().values()) + other.weight_bytes
+            if needed > self.card.memory_bytes:
+                other.free()
+        return runner
+
+    def _loras_of(self, call: BlockCall) -> list[Lora]:
+        """The call's LoRAs with their strength on its expert, files opened once."""
+        for ref in call.loras:
+            if ref.path not in self._loras:
+                self._loras[ref.path] = open_lora(Path(ref.path))
+        return [Lora(self._loras[ref.path], ref.of_expert(call.expert)) for ref in call.loras]
+
+    def _image_encoder(self, model: ModelRef) -> ImageEncoder:
+        if model.digest not in self._image_encoders:
+            files = self.files(model)
+            assert files.spec.image_encoder is not None
+            assert files.image_encoder is not None
+            self._image_encoders[model.digest] = ImageEncoder(
+                files.spec.image_encoder, files.image_encoder, torch.float32, self.device
+            )
+        return self._image_encoders[model.digest]
 
     def _vae(self, model: ModelRef) -> WanVae:
         key = (model.digest, model.numerics.vae_dtype)

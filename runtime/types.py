@@ -93,6 +93,7 @@ class BlockCall:
     last range, else the same as the input of the next.
 
     expert: 0 the high-noise (or only) transformer, 1 the low-noise one.
+    fps: frames per second of the video, for models that are told.
     """
 
     model: ModelRef
@@ -104,6 +105,25 @@ class BlockCall:
     expert: int = 0
     loras: tuple[LoraRef, ...] = ()
     has_image: bool = False
+    fps: float | None = None
+
+
+@dataclass(frozen=True)
+class ImageCall:
+    """Encode the images that a job starts from.
+
+    With it travels a packet of `first` and, where there is one, `last`: (H, W, 3) uint8 of any
+    size, and a `digest` that tells images apart. The result holds `condition` (see BlockCall) where
+    the model takes images as channels, or `latent` (1, C, 1, h, w) float32, the finished first
+    latent frame; and `image_embeds` where it has an image encoder.
+
+    width, height, frames: of the video, in pixels and pixel frames.
+    """
+
+    model: ModelRef
+    width: int
+    height: int
+    frames: int
 
 
 @dataclass(frozen=True)

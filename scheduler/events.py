@@ -67,8 +67,27 @@ class JobStarted(Event):
 
 
 @dataclass(frozen=True)
+class LoraReady(Event):
+    """A LoRA was matched to the model: what of it applies, and what does not, with reasons.
+
+    num_layers: layers of the model that it changes. share: of its entries that apply, 0 to 1.
+    unmatched: key in the file and why it does not apply. text: the same for a person.
+    """
+
+    kind: ClassVar[str] = "lora"
+    job: str
+    path: str
+    strength: float
+    strength_low: float
+    num_layers: int
+    share: float
+    unmatched: tuple[tuple[str, str], ...]
+    text: str
+
+
+@dataclass(frozen=True)
 class StageStarted(Event):
-    """A stage begins on a worker: load, encode_text, denoise, decode."""
+    """A stage begins on a worker: load, encode_text, encode_image, denoise, decode."""
 
     kind: ClassVar[str] = "stage_started"
     job: str

@@ -8,7 +8,10 @@ small: 8.4 MB a forward at 832x480x81.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from reelpool.errors import Cancelled, ReelpoolError
 
@@ -30,10 +33,11 @@ def plan_jobs(jobs: Sequence[Settings], pool_spec: str) -> Plan:
     """The plan that `run_jobs` would follow, without starting anything.
 
     Raises:
-        ConfigError: if the pool's text makes no sense.
+        ConfigError: if the pool's text makes no sense, or a model is nowhere.
         PlanError: if nothing fits.
     """
-    return make_plan(jobs, [find_spec(job.model) for job in jobs], describe_pool(pool_spec))
+    specs = [find_spec(job.model, job.parts) for job in jobs]
+    return make_plan(jobs, specs, describe_pool(pool_spec))
 
 
 def run_jobs(jobs: Sequence[Settings], pool_spec: str, emit: Emit) -> list[JobFinished]:
@@ -71,14 +75,23 @@ class Executor:
 
     def run(self, contexts: Sequence[JobContext], plan: Plan) -> list[JobFinished]:
         """Run all jobs to their end."""
+        with _noted_interrupt() as check:
+            return self._run(contexts, plan, check)
+
+    def _run(
+        self, contexts: Sequence[JobContext], plan: Plan, check: Callable[[], None]
+    ) -> list[JobFinished]:
         job = ""
         try:
             for context in contexts:
+                check()
                 job = context.settings.id
                 self._runs[job] = run_job(context, plan.job(job), self._pool, self._emit)
                 self._resume(job, None)
             while self._waiting:
-                for job in self._ready():
+                ready = self._ready()
+                check()
+                for job in ready:
                     refs = self._waiting.pop(job)
                     self._done.difference_update(refs)
                     self._resume(job, [self._pool.get(ref) for ref in refs])
@@ -115,3 +128,32 @@ class Executor:
             run.close()
         self._runs.clear()
         self._waiting.clear()
+
+
+@contextmanager
+def _noted_interrupt() -> Iterator[Callable[[], None]]:
+    """Turn Ctrl-C into something to ask for: the function given raises it where it may strike.
+
+    Raised by itself inside of concurrent.futures it can leave a future's lock taken, and the worker
+    waits for it for ever (seen with the in-process pool). A second Ctrl-C strikes at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    noted = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal noted
+        if noted:
+            raise KeyboardInterrupt
+        noted = True
+
+    def check() -> None:
+        if noted:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -20,8 +20,12 @@ import yaml
 
 from reelpool.errors import ConfigError
 
-from ..models.registry import find_spec, model_folder
+from ..models.finder import model_path
+from ..models.parts import PART_NAMES, Parts
+from ..models.registry import find_spec
 from ..models.spec import ModelSpec
+from ..runtime.types import LoraRef
+from .job_inputs import guidance_scales, lora_refs, part_files, video_size
 from .job_schema import (
     ATTENTION_NAMES,
     COMMAND_LINE,
@@ -48,13 +52,15 @@ __all__ = [
 
 MAX_FILE_BYTES = 2**20
 MAX_JOBS = 1000
-_PATHS = ("output", "save_latents", "run_dir")
+_PATHS = ("output", "save_latents", "run_dir", "image", "last_image")
+_NAMES = ("model", *PART_NAMES)  # paths, or names that are looked up
 
 
 @dataclass(frozen=True)
 class Settings:
     """A job with nothing left open; what the plan, the workers and the video's metadata hold.
 
+    guidance_low: of the low-noise expert; the same as `guidance` for a model of one.
     dtype: "float32", "bfloat16", "float16", or "auto" for what suits the cards. Paths are absolute.
     """
 
@@ -77,11 +83,21 @@ class Settings:
     save_latents: Path | None
     run_dir: Path
     zoom: int
+    guidance_low: float
+    image: Path | None = None
+    last_image: Path | None = None
+    parts: Parts = ()
+    loras: tuple[LoraRef, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """The settings as a JSON object, paths as text."""
         values = dataclasses.asdict(self)
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether any step needs a forward without the prompt."""
+        return max(self.guidance, self.guidance_low) > 1
 
     @property
     def targets(self) -> tuple[Path, ...]:
@@ -162,8 +178,17 @@ def _job_of(path: Path, content: object, where: str) -> Job:
     changes: dict[str, object] = {
         name: folder / value for name in _PATHS if (value := getattr(job, name)) is not None
     }
-    if job.model != "demo" and (folder / job.model).is_dir():
-        changes["model"] = str(folder / job.model)
+    for name in _NAMES:
+        value = getattr(job, name)
+        if value not in (None, "demo") and (folder / value).exists():
+            changes[name] = type(value)(folder / value)
+    if job.lora:
+        changes["lora"] = tuple(
+            entry.model_copy(update={"file": folder / entry.file})
+            if (folder / entry.file).exists()
+            else entry
+            for entry in job.lora
+        )
     return job.model_copy(update=changes)
 
 
@@ -182,12 +207,15 @@ def resolve_jobs(jobs: Sequence[tuple[str, Job]], *, need_weights: bool = True) 
     taken: set[Path] = set()
     for index, (where, job) in enumerate(jobs, 1):
         try:
-            spec = find_spec(job.model)
+            spec = find_spec(job.model, part_files(job))
             if need_weights:
-                model_folder(job.model)
-        except ConfigError as error:  # it says --model, whoever asked
-            raise ConfigError(label(where, "model"), error.problem, error.advice) from None
-        done.append(resolve(job, spec, f"job-{index}", where, taken))
+                model_path(job.model)
+        except ConfigError as error:  # it says --model or --vae, whoever asked
+            if not error.where.startswith(COMMAND_LINE):
+                raise
+            name = error.where.removeprefix(COMMAND_LINE).replace("-", "_")
+            raise ConfigError(label(where, name), error.problem, error.advice) from None
+        done.append(resolve(job, spec, f"job-{index}", where, taken, need_image=need_weights))
         taken.update(done[-1].targets)
     return done
 
@@ -198,6 +226,8 @@ def resolve(
     job_id: str = "job-1",
     where: str = COMMAND_LINE,
     taken: Collection[Path] = (),
+    *,
+    need_image: bool = True,
 ) -> Settings:
     """Fill in the model's defaults, a seed and the file names, and check what the model decides.
 
@@ -207,15 +237,17 @@ def resolve(
         job_id: the name of the job within its run.
         where: what stands before a field's name in a message.
         taken: files and folders that other jobs of the run write.
+        need_image: whether a model that cannot do without an image must get one.
 
     Raises:
-        ConfigError: if a size, a number of frames or a path cannot be used.
+        ConfigError: if a size, a number of frames, an image or a path cannot be used.
     """
     own = spec.defaults
-    width, height = job.size or (own.width, own.height)
+    width, height = video_size(job, spec, where, need_image)
     _check_size(width, height, spec, label(where, "size"))
     frames = own.frames if job.frames is None else job.frames
     _check_frames(frames, spec, label(where, "frames"))
+    guidance, guidance_low = guidance_scales(job, spec, where)
     seed = secrets.randbits(31) if job.seed is None else job.seed
     slug = _slug(job.prompt)
     if job.output is None:
@@ -243,7 +275,8 @@ def resolve(
         frames=frames,
         fps=float(own.fps if job.fps is None else job.fps),
         steps=own.steps if job.steps is None else job.steps,
-        guidance=float(own.guidance if job.guidance is None else job.guidance),
+        guidance=guidance,
+        guidance_low=guidance_low,
         shift=float(own.shift if job.shift is None else job.shift),
         seed=seed,
         solver=job.solver or own.solver,
@@ -252,13 +285,17 @@ def resolve(
         save_latents=latents,
         run_dir=run_dir,
         zoom=job.zoom or 1,
+        image=job.image.absolute() if job.image else None,
+        last_image=job.last_image.absolute() if job.last_image else None,
+        parts=part_files(job),
+        loras=lora_refs(job, spec, where),
     )
 
 
 def _model_name(model: str) -> str:
-    """A folder by its absolute path: workers run elsewhere."""
+    """A folder or file by its absolute path: workers run elsewhere."""
     path = Path(model).expanduser()
-    return str(path.absolute()) if model != "demo" and path.is_dir() else model
+    return str(path.absolute()) if model != "demo" and path.exists() else model
 
 
 def _check_size(width: int, height: int, spec: ModelSpec, where: str) -> None:

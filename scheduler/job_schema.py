@@ -46,6 +46,11 @@ _OTHER_NAMES = {
     "sampler": "solver",
     "scheduler": "solver",
     "out": "output",
+    "loras": "lora",
+    "start_image": "image",
+    "end_image": "last_image",
+    "t5": "text_encoder",
+    "clip_vision": "image_encoder",
 }
 _OTHER_VALUES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
@@ -56,6 +61,33 @@ def _split_size(value: object) -> object:
         return value
     match = re.fullmatch(r"\s*(\d{1,6})\s*[xX]\s*(\d{1,6})\s*", value)
     return (int(match[1]), int(match[2])) if match else value
+
+
+def _split_guidance(value: object) -> object:
+    """Turn "4,3" into (4.0, 3.0) and "4" into 4.0; anything else goes on unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        numbers = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        return value
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _split_lora(value: object) -> object:
+    """Turn "a.safetensors:0.8,0.5" into its parts; a name whose end is no number is a file's."""
+    if not isinstance(value, str):
+        return value
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+    match = re.fullmatch(rf"(.+):({number})(?:,({number}))?", value.strip())
+    if match is None:
+        return {"file": value}
+    low = {"low": float(match[3])} if match[3] else {}
+    return {"file": match[1], "strength": float(match[2]), **low}
+
+
+def _listed(value: object) -> object:
+    return value if value is None or isinstance(value, list | tuple) else [value]
 
 
 def _say_something(text: str) -> str:
@@ -79,6 +111,30 @@ Size = Annotated[
     tuple[Side, Side],
     BeforeValidator(_split_size),
     WithJsonSchema({"type": "string", "format": "size"}),
+]
+Scale = Annotated[float, Strict(), Field(ge=0, le=100, allow_inf_nan=False)]
+Guidance = Annotated[
+    Scale | tuple[Scale, Scale],
+    BeforeValidator(_split_guidance),
+    WithJsonSchema({"type": "number", "format": "guidance", "minimum": 0, "maximum": 100}),
+]
+Strength = Annotated[float, Strict(), Field(ge=-100, le=100, allow_inf_nan=False)]
+
+
+class LoraEntry(BaseModel):
+    """A LoRA of a job: `low` is its strength on the low-noise expert, `strength` without it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: File
+    strength: Strength = 1.0
+    low: Strength | None = None
+
+
+Loras = Annotated[
+    tuple[Annotated[LoraEntry, BeforeValidator(_split_lora)], ...],
+    BeforeValidator(_listed),
+    WithJsonSchema({"type": "array", "format": "loras"}),
 ]
 
 
@@ -107,7 +163,7 @@ class Job(BaseModel):
         min_length=1,
     )
     model: str = _field(
-        "`demo` (ships with reelpool), the folder of a model, or, to plan without weights, the"
+        "`demo` (ships with reelpool), a model's folder or file, or, to plan without weights, the"
         " name of a geometry such as `wan2.1-t2v-14b`.",
         "demo",
         "demo",
@@ -123,7 +179,17 @@ class Job(BaseModel):
     negative: Text | None = _field(
         "What the video should not show. Empty (`''`) stays empty.", "blurry, distorted"
     )
-    size: Size | None = _field("Width x height in pixels, multiples of 16 for Wan.", "64x64")
+    image: File | None = _field(
+        "The image that the video begins with: PNG, JPEG or WebP.", "first.png", absent="none"
+    )
+    last_image: File | None = _field(
+        "The image that the video ends with, for models that take one.", "last.png", absent="none"
+    )
+    size: Size | None = _field(
+        "Width x height in pixels, multiples of 16 for Wan (32 for TI2V-5B).",
+        "64x64",
+        absent="the image's aspect at the model's own area, or the model's own",
+    )
     frames: Whole | None = _field(
         "Number of frames, 4n+1 for Wan: 17, 33, 81.", 17, ge=1, le=1_000_000
     )
@@ -131,12 +197,10 @@ class Job(BaseModel):
     steps: Whole | None = _field(
         "Denoising steps; more takes longer and looks better up to a point.", 20, ge=1, le=1000
     )
-    guidance: Number | None = _field(
+    guidance: Guidance | None = _field(
         "How strictly the prompt is followed (classifier-free guidance). 1 turns it off and halves"
-        " the work.",
+        " the work. A model of two experts takes two: `[4.0, 3.0]`, high noise first.",
         3.0,
-        ge=0,
-        le=100,
     )
     shift: Number | None = _field(
         "Moves the steps towards high noise; larger for larger videos.", 3.0, gt=0, le=1000
@@ -149,6 +213,25 @@ class Job(BaseModel):
         le=MAX_SEED,
     )
     solver: SolverName | None = _field("The rule that takes a denoising step.", "unipc")
+    lora: Loras | None = _field(
+        "LoRA files, each with its strength (0 turns it off) and, for two experts, that on the"
+        " low-noise one: `FILE:0.8`, `FILE:1,0.6`, or `{file: FILE, strength: 1, low: 0.6}`.",
+        ["style.safetensors:0.8"],
+        absent="none",
+    )
+    vae: File | None = _field(
+        "The model's VAE, where it is not found by itself.", "vae.safetensors"
+    )
+    text_encoder: File | None = _field(
+        "The model's text encoder, file or folder.", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+    )
+    image_encoder: File | None = _field(
+        "The model's image encoder (CLIP vision).", "clip_vision_h.safetensors"
+    )
+    high_noise: File | None = _field(
+        "The transformer for high noise of a two-expert model.", "high.gguf"
+    )
+    low_noise: File | None = _field("The transformer for low noise.", "low.gguf")
     dtype: DtypeName | None = _field(
         "Compute type of the transformer.", "float32", absent="what suits the cards"
     )
@@ -190,7 +273,8 @@ def make_job(values: Mapping[str, object], where: str = COMMAND_LINE) -> Job:
         problems = error.errors(include_url=False, include_context=False)
     # An unknown key first: a misspelt `prompt` is also a missing one.
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    name, kind = str(first["loc"][0]), first["type"]
+    name = str(first["loc"][0])
+    kind = first["type"] if len(first["loc"]) == 1 else "value"  # within a value: advice as a whole
     if kind == "extra_forbidden":
         raise ConfigError(label(where, name), "there is no such key", _nearest_key(name)) from None
     if kind == "missing":
@@ -217,6 +301,10 @@ def expected(name: str) -> str:
     ('a number above 0, at most 1000', 'float32, bfloat16 or float16')
     """
     schema = field_schema(name)
+    if schema.get("format") == "loras":
+        return "files as FILE, FILE:STRENGTH or FILE:STRENGTH,LOW with strengths from -100 to 100"
+    if schema.get("format") == "guidance":
+        return "a number from 0 to 100, or two (high noise, low noise)"
     if "enum" in schema:
         return f"{', '.join(schema['enum'][:-1])} or {schema['enum'][-1]}"
     if schema["type"] in ("integer", "number"):
@@ -262,6 +350,8 @@ def _nearest_key(name: str) -> str:
 
 def _advice(name: str, value: object) -> str:
     schema = field_schema(name)
+    if schema.get("format") == "guidance":
+        value = _split_guidance(value)
     if isinstance(value, str) and "enum" in schema:
         simple = _OTHER_VALUES.get(value.lower(), value.lower())
         near = get_close_matches(simple, schema["enum"], 1)

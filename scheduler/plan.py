@@ -43,7 +43,9 @@ class JobPlan:
 
     routes: for each branch that is needed, its route.
     calls: the calls of every step, in the order in which they are submitted.
-    stages: stage name -> worker, for encode_text and decode.
+    stages: stage name -> worker, for encode_text, encode_image (where the job has an image) and
+        decode.
+    expert_steps: steps that each of the model's transformers takes, the high-noise one first.
     """
 
     job: str
@@ -52,10 +54,15 @@ class JobPlan:
     routes: tuple[tuple[Branch, Route], ...]
     calls: tuple[PlannedCall, ...]
     stages: tuple[tuple[str, str], ...]
+    expert_steps: tuple[int, ...]
 
     def stage_worker(self, stage: str) -> str:
         """The worker of a stage."""
         return dict(self.stages)[stage]
+
+    def expert_of(self, step: int) -> int:
+        """Which expert takes a step: 0 the high-noise (or only) one, 1 the low-noise one."""
+        return int(step >= self.expert_steps[0])
 
     @property
     def workers(self) -> tuple[str, ...]:
@@ -101,6 +108,9 @@ class Plan:
                 hops = ", then ".join(f"{hop.worker} blocks {hop.blocks}" for hop in route)
                 lines.append(f"  {branch:<12} {hops}")
             lines += [f"  {stage:<12} {worker}" for stage, worker in job.stages]
+            if len(job.expert_steps) > 1:
+                high, low = job.expert_steps
+                lines.append(f"  experts      {high} steps high noise, then {low} low noise")
             numerics = job.numerics
             lines.append(
                 f"  numerics     {numerics.dtype}, attention {numerics.attention}, "

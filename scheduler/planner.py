@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from reelpool.errors import PlanError
 
 from ..models.spec import ModelSpec, NumericsProfile
+from ..runtime.schedule import Schedule, expert_steps, make_schedule
 from ..runtime.types import BlockRange, Branch
 from .cards import PoolCard
 from .job import Settings
@@ -44,6 +45,18 @@ def make_plan(
     return Plan(tuple(plans), tuple(dict.fromkeys(others)), tuple(notes))
 
 
+def job_schedule(job: Settings) -> Schedule:
+    """A job's noise levels.
+
+    LCM gets the evenly spaced grid that few-step models were distilled on (1, .75, .5, .25 for 4
+    steps, before the shift); its own default grid ends too early for them.
+    """
+    sigmas = None
+    if job.solver == "lcm":
+        sigmas = [1 - index / job.steps for index in range(job.steps)]
+    return make_schedule(job.solver, job.steps, job.shift, sigmas)
+
+
 def _plan_job(
     job: Settings, spec: ModelSpec, cards: Sequence[PoolCard]
 ) -> tuple[JobPlan, list[Alternative]]:
@@ -51,7 +64,7 @@ def _plan_job(
     first, last = cards[0], cards[min(1, len(cards) - 1)]
     whole: tuple[Hop, ...] = (Hop(first.worker, blocks),)
     routes: tuple[tuple[Branch, Route], ...]
-    if job.guidance <= 1:
+    if not job.needs_uncond:
         routes = (("cond", whole),)
         strategy = "single"
         others = [Alternative("cfg-split", "guidance 1 needs only one forward a step")]
@@ -69,9 +82,17 @@ def _plan_job(
         numerics=_numerics(job, cards),
         routes=routes,
         calls=group_calls(routes),
-        stages=(("encode_text", first.worker), ("decode", last.worker)),
+        stages=_stages(job, spec, first.worker, last.worker),
+        expert_steps=expert_steps(job_schedule(job), spec.num_experts, spec.boundary),
     )
     return plan, others
+
+
+def _stages(job: Settings, spec: ModelSpec, first: str, last: str) -> tuple[tuple[str, str], ...]:
+    """Text on one card and images on the other, beside it; decode where the VAE is loaded then."""
+    has_image = job.image is not None or spec.image == "concat"
+    images = (("encode_image", last),) if has_image else ()
+    return (("encode_text", first), *images, ("decode", last))
 
 
 def _numerics(job: Settings, cards: Sequence[PoolCard]) -> NumericsProfile:

@@ -21,7 +21,7 @@ from reelpool.errors import Cancelled
 from ..runtime import log
 from ..runtime.device import Card, limit_process_memory
 from ..runtime.stages import CardStages, memory_error
-from ..runtime.types import BlockCall, BlockRange, DecodeCall, ModelRef
+from ..runtime.types import BlockCall, BlockRange, DecodeCall, ImageCall, ModelRef
 from ..runtime.wire import Packet
 
 logger = logging.getLogger(__name__)
@@ -56,10 +56,10 @@ class Worker:
         """Answer once the worker is up: its process id."""
         return os.getpid()
 
-    def load_blocks(self, model: ModelRef, blocks: BlockRange) -> dict[str, float]:
-        """Load a block range: seconds it took and bytes now held."""
+    def load_blocks(self, model: ModelRef, blocks: BlockRange, expert: int = 0) -> dict[str, float]:
+        """Load a block range of an expert: seconds it took and bytes now held."""
         with self._doing("load", 0, f"load of blocks {blocks}"):
-            seconds = self._stages.load_blocks(model, blocks)
+            seconds = self._stages.load_blocks(model, blocks, expert)
             return {"seconds": seconds, "bytes": float(sum(self._stages.held_bytes().values()))}
 
     def encode_text(self, model: ModelRef, prompt: str) -> Packet:
@@ -67,10 +67,16 @@ class Worker:
         with self._doing("encode_text", 0, "encode_text"):
             return self._stages.encode_text(model, prompt)
 
-    def run_blocks(self, call: BlockCall, inputs: Packet, *prompts: Packet) -> Packet:
-        """Run forwards over a block range; see BlockCall."""
+    def encode_image(self, call: ImageCall, images: Packet) -> Packet:
+        """Encode a job's images; see ImageCall."""
+        with self._doing("encode_image", 0, "encode_image"):
+            return self._stages.encode_image(call, images)
+
+    def run_blocks(self, call: BlockCall, inputs: Packet, *packets: Packet) -> Packet:
+        """Run forwards over a block range; see BlockCall for the packets and their order."""
+        prompts, image = (packets[:-1], packets[-1]) if call.has_image else (packets, None)
         with self._doing("denoise", call.step, f"step {call.step}, blocks {call.blocks}"):
-            return self._stages.run_blocks(call, inputs, prompts, self._before_block)
+            return self._stages.run_blocks(call, inputs, prompts, image, self._before_block)
 
     def decode(self, call: DecodeCall, latents: Packet) -> Packet:
         """Decode latent frames; see DecodeCall."""

@@ -9,7 +9,10 @@ from reelpool.scheduler.job import Settings
 
 
 def demo_settings(folder: Path, name: str = "job-1", **changes: Any) -> Settings:
-    """A job of 4 steps and 17 frames with the demo model, writing under `folder`."""
+    """A job of 4 steps and 17 frames with the demo model, writing under `folder`.
+
+    Guidance is that of both experts unless `guidance_low` is given.
+    """
     values: dict[str, Any] = {
         "id": name,
         "prompt": "a yellow star moves right over a navy background",
@@ -31,4 +34,5 @@ def demo_settings(folder: Path, name: str = "job-1", **changes: Any) -> Settings
         "run_dir": folder / f"{name}.run",
         "zoom": 1,
     }
-    return Settings(**{**values, **changes})
+    values |= changes
+    return Settings(**{"guidance_low": values["guidance"], **values})

@@ -33,9 +33,12 @@ HOMES = {
 PURE = (
     *(f"scheduler.{name}" for name in ("planner", "cost", "plan", "simulate", "faults", "job")),
     *(f"scheduler.{name}" for name in ("cards", "events", "pool_spec", "ray_environment")),
-    *(f"models.{name}" for name in ("spec", "registry", "jsonfile", "vae_config")),
-    "runtime.memory",
-    "runtime.types",
+    *(f"models.{name}" for name in ("spec", "registry", "jsonfile", "vae_config", "parts")),
+    *(f"models.{name}" for name in ("finder", "search_folders", "catalogue", "companions")),
+    *(f"models.{name}" for name in ("experts", "presets", "defaults", "quant_mix", "assembly")),
+    "scheduler.job_schema",
+    "scheduler.job_inputs",
+    *(f"runtime.{name}" for name in ("memory", "types", "schedule", "still")),
 )
 
 

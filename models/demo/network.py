@@ -131,7 +131,7 @@ def build_text_encoder(weights: Weights | None, vocab_size: int) -> UMT5EncoderM
 def encode_captions(
     tokenizer: Tokenizer, encoder: nn.Module, captions: Sequence[str], num_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Encode captions, padding folded into one row as `wan.embed_text` folds it.
+    """Encode captions, padding folded into one row (`wan_context.embed_text` takes two).
 
     Args:
         tokenizer: of `build_tokenizer`.
@@ -304,7 +304,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def text_rows(rows: Tensor, length: int) -> Tensor:
-    """One caption's rows as `wan.embed_text` takes them: (512, text_dim), zero after the text."""
+    """One caption's rows as `wan_context.embed_text` takes them: (512, text_dim), zeros behind."""
     whole = rows.new_zeros(TEXT_LENGTH, rows.shape[-1])
     whole[:length] = rows[:length]
     return whole

@@ -26,10 +26,10 @@ from torch.multiprocessing.spawn import spawn
 
 from ..files import open_model
 from ..jsonfile import read_json
+from ..open_weights import open_weights
 from ..registry import DEMO_FOLDER
 from ..vae_config import vae_spec_from_config
 from ..wan_vae import WanVae
-from ..weights import open_folder
 from . import export, latent_set, network, optimiser, train_vae
 from .latent_set import encode_clips, load_sets, save_set
 from .train_transformer import (
@@ -194,7 +194,7 @@ def load_network(folder: Path) -> DemoNetwork:
 def load_own_vae(folder: Path) -> WanVae:
     """The VAE of a folder, float32, with parameters of its own that may be trained."""
     vae = WanVae(vae_spec_from_config(read_json(folder / "vae" / "config.json")))
-    source = open_folder(folder / "vae", "diffusion_pytorch_model")
+    source = open_weights(folder / "vae", "diffusion_pytorch_model")
     vae.load_state_dict({name: source.get(name).float().clone() for name in vae.state_dict()})
     return vae
 

@@ -16,9 +16,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from reelpool import __version__
+from reelpool.cli.bench import bench_app
 from reelpool.cli.devices import devices
 from reelpool.cli.generate import demo, generate, plan, run
+from reelpool.cli.models import models
 from reelpool.cli.output import JsonOutput, Output, json_stdout, open_output
+from reelpool.cli.quantize import quantize
 from reelpool.errors import Cancelled, ReelpoolError
 
 INTERRUPTED = 130
@@ -34,6 +37,9 @@ app.command()(generate)
 app.command()(run)
 app.command()(plan)
 app.command()(devices)
+app.add_typer(bench_app, name="bench")
+app.command()(models)
+app.command()(quantize)
 
 # typer ships its own copy of click in newer versions, so the class is found through typer.
 _UsageError: type[Exception] = next(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -23,7 +24,8 @@ def _set_verbose(wanted: bool) -> bool:
 
 
 Model = Annotated[
-    str, typer.Option(help="'demo', the folder of a model, or (plan only) a geometry's name.")
+    str,
+    typer.Option(help="'demo', a model's folder, file or name, or (plan only) a geometry's name."),
 ]
 OutputFile = Annotated[
     Path | None,
@@ -37,7 +39,38 @@ Frames = Annotated[int | None, typer.Option(help="Number of frames, 4n+1: 17, 33
 Fps = Annotated[float | None, typer.Option(help="Frames per second of the file.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps; fewer is faster.")]
 Guidance = Annotated[
-    float | None, typer.Option(help="How strictly the prompt is followed; 1 turns it off.")
+    str | None,
+    typer.Option(
+        metavar="G[,LOW]",
+        help="How strictly the prompt is followed; 1 turns it off. LOW: on the low-noise expert.",
+    ),
+]
+Image = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Image the video begins with: PNG, JPEG or WebP."),
+]
+LastImage = Annotated[Path | None, typer.Option(metavar="FILE", help="Image the video ends with.")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:STRENGTH[,LOW]]",
+        help="A LoRA and its strength (1); give it again for more. LOW: on the low-noise expert.",
+    ),
+]
+Vae = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The model's VAE, if it is not found.")
+]
+TextEncoder = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The model's text encoder, if not found.")
+]
+ImageEncoder = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The model's CLIP vision file, if not found.")
+]
+HighNoise = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Transformer for high noise, if not found.")
+]
+LowNoise = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Transformer for low noise, if not found.")
 ]
 Shift = Annotated[float | None, typer.Option(help="Moves the steps towards high noise.")]
 Seed = Annotated[
@@ -82,12 +115,15 @@ Verbose = Annotated[
 ]
 
 
-def generate(
-    context: typer.Context,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the video shows.")],
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def _job_options(
     model: Model = "demo",
     output: OutputFile = None,
     negative: Negative = None,
+    image: Image = None,
+    last_image: LastImage = None,
     size: Size = None,
     frames: Frames = None,
     fps: Fps = None,
@@ -96,21 +132,49 @@ def generate(
     shift: Shift = None,
     seed: Seed = None,
     solver: Solver = None,
+    lora: Lora = None,
+    vae: Vae = None,
+    text_encoder: TextEncoder = None,
+    image_encoder: ImageEncoder = None,
+    high_noise: HighNoise = None,
+    low_noise: LowNoise = None,
     dtype: Dtype = None,
     attention: Attention = "sdpa",
     save_latents: SaveLatents = None,
     run_dir: RunDir = None,
+) -> None:
+    """The options that describe a job, written once for the commands that take them."""
+
+
+def _with_job_options(command: Command) -> Command:
+    """Give a command the options above; they arrive in its `**values`."""
+    own = inspect.signature(command, eval_str=True)
+    options = list(inspect.signature(_job_options, eval_str=True).parameters.values())
+    named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    required = [p for p in named if p.default is p.empty]
+    rest = [p for p in named if p.default is not p.empty]
+    parameters = [*required, *options, *rest]
+    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+@_with_job_options
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the video shows.")],
     pool: Pool = "auto",
     json: Json = False,
     verbose: Verbose = False,
+    **values: object,
 ) -> None:
-    """Make a video of what a sentence says.
+    """Make a video of what a sentence says, and of an image for models that take one.
 
     What you leave out comes from the model. Example:
 
     reelpool generate "a red ring bounces over a gray background" -o ring.mp4
     """
-    _execute(context.obj, [_job_of(locals())], pool)
+    _execute(context.obj, [_job_of({**values, "prompt": prompt})], pool)
 
 
 def run(
@@ -154,35 +218,21 @@ def demo(
     _execute(context.obj, [_job_of(values)], pool)
 
 
+@_with_job_options
 def plan(
     context: typer.Context,
     what: Annotated[
         list[str], typer.Argument(metavar="PROMPT|JOB.yaml...", help="A prompt, or job files.")
     ],
-    model: Model = "demo",
-    output: OutputFile = None,
-    negative: Negative = None,
-    size: Size = None,
-    frames: Frames = None,
-    fps: Fps = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    shift: Shift = None,
-    seed: Seed = None,
-    solver: Solver = None,
-    dtype: Dtype = None,
-    attention: Attention = "sdpa",
-    save_latents: SaveLatents = None,
-    run_dir: RunDir = None,
     pool: Pool = "auto",
     json: Json = False,
     verbose: Verbose = False,
+    **values: object,
 ) -> None:
     """Say how a job would run, without weights and without running it.
 
     Takes the arguments of `generate`, or job files (and then only --pool and --json).
     """
-    values = locals()
     files = [Path(word) for word in what if word.lower().endswith((".yaml", ".yml"))]
     if files and len(files) < len(what):
         raise ConfigError("plan", "found a prompt beside job files", "give one or the other")
@@ -205,7 +255,7 @@ def _job_of(values: Mapping[str, object]) -> tuple[str, Job]:
     """The job that arguments describe: those of its fields that were given."""
     from reelpool.scheduler.job import COMMAND_LINE, Job, make_job
 
-    given = {name: values[name] for name in Job.model_fields if values.get(name) is not None}
+    given = {name: values[name] for name in Job.model_fields if values.get(name) not in (None, [])}
     return COMMAND_LINE, make_job(given)
 
 

@@ -25,6 +25,7 @@ from reelpool.scheduler.events import (
     JobFailed,
     JobFinished,
     JobStarted,
+    LoraReady,
     Notice,
     PlanReady,
     PoolStarting,
@@ -85,6 +86,10 @@ class Output(ABC):
         """Show what a command found that is not a run: as data, and in words."""
 
     @abstractmethod
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show how far a command has come that is not a run; `what` is what is counted."""
+
+    @abstractmethod
     def finish(self, jobs: Sequence[JobFinished]) -> None:
         """Show the end of a run that went well."""
 
@@ -109,6 +114,10 @@ class JsonOutput(Output):
     def result(self, content: Mapping[str, object], text: str) -> None:
         """Write the data as the result."""
         self._write({**content, "event": "result"})
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Write the counts."""
+        self._write({"event": "progress", "what": what, "done": done, "total": total})
 
     def finish(self, jobs: Sequence[JobFinished]) -> None:
         """Write a result: the job's own keys, or `jobs` where there are several."""
@@ -169,9 +178,9 @@ class PlainOutput(Output):
         elif isinstance(event, WorkerReady):
             memory, spent = format_bytes(event.memory_bytes), format_seconds(event.seconds)
             self._line(f"worker {event.worker} ready on {event.device}, {memory}, after {spent}")
-        elif isinstance(event, PlanReady):
-            for line in event.text.splitlines() or [event.strategy]:
-                self._line(f"  {line}")
+        elif isinstance(event, PlanReady | LoraReady):
+            for line in self._text_lines(event):
+                self._line(line)
         elif isinstance(event, JobStarted):
             self._num_jobs += 1
             self._line(_job_line(event))
@@ -188,9 +197,20 @@ class PlainOutput(Output):
             if self._num_jobs > 1:  # a single job's reason is the command's last line
                 self._line(f"{event.job} failed: {event.message}")
 
+    def _text_lines(self, event: PlanReady | LoraReady) -> list[str]:
+        """Lines of an event that brings its own text."""
+        if isinstance(event, LoraReady):
+            return [f"{self._job(event.job)}lora {line}" for line in event.text.splitlines()]
+        return [f"  {line}" for line in event.text.splitlines() or [event.strategy]]
+
     def result(self, content: Mapping[str, object], text: str) -> None:
         """Print the words."""
         self._line(text)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Print some of the counts."""
+        if self._is_due(done, total):
+            self._line(f"{what} {done}/{total}")
 
     def finish(self, jobs: Sequence[JobFinished]) -> None:
         """Print for each job where the time went and where the video is."""
@@ -259,6 +279,12 @@ class LiveOutput(PlainOutput):
             elif isinstance(event, PlanReady | JobStarted):
                 self._end(("", "pool"))
             self._emit_rare(event)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Move a bar."""
+        self._move(("", what), done, total)
+        if done == total:
+            self._end(("", what))
 
     def finish(self, jobs: Sequence[JobFinished]) -> None:
         """Take the bars away and print the summaries."""

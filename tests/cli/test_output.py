@@ -16,6 +16,7 @@ from reelpool.scheduler.events import (
     JobFailed,
     JobFinished,
     JobStarted,
+    LoraReady,
     Notice,
     PlanReady,
     PoolStarting,
@@ -56,6 +57,7 @@ def script(job: str = "job-1") -> list:
         WorkerReady("w1", "cpu:1", 2**30, 3.5),
         PlanReady("cfg-split", "cond on w0\nuncond on w1", {"routes": 2}),
         JobStarted(job, "/none/run", SETTINGS),
+        LoraReady(job, "/none/a.st", 1.0, 0.5, 2, 0.5, (("x", "no"),), "a.st: [2] of 4\nno: 2"),
         StageStarted(job, "load", ("w0", "w1")),
         StageFinished(job, "load", ("w0", "w1"), 0.5, "24 MiB"),
         StageStarted(job, "denoise", ("w0", "w1")),
@@ -117,6 +119,8 @@ def test_plain_lines_tell_the_run():
     assert 'job-1: "a [red] ring bounces", 64x64, 17 frames, 20 steps, seed 7' in lines
     assert "load done on w0, w1 in 0.500 s (24 MiB)" in lines
     assert "note: one [thing] to know" in lines
+    assert "lora a.st: [2] of 4" in lines
+    assert "lora no: 2" in lines
     steps = [line for line in lines if line.startswith("step ")]
     assert steps[0] == "step 1/20, 1.50 s each, about 28.5 s left"
     assert steps[-1] == "step 20/20, 1.00 s each"

@@ -191,7 +191,6 @@ def test_a_tensor_the_index_forgot_is_named(refusal):
 
 
 CONFIGS = {  # id: (file, change, what the sentence must say)
-    "I2V": ("transformer/config.json", {"image_dim": 1280}, "image_dim 1280"),
     "I2V channels": ("transformer/config.json", {"in_channels": 36}, "in_channels 36"),
     "fewer layers": ("transformer/config.json", {"num_layers": 1}, "tensor blocks.1."),
     "more layers": ("transformer/config.json", {"num_layers": 3}, "tensor blocks.2."),
@@ -201,13 +200,17 @@ CONFIGS = {  # id: (file, change, what the sentence must say)
     "VAE of other z_dim": (
         "vae/config.json",
         {"z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8},
-        "z_dim 8, expected 4, the transformer's out_channels",
+        "[8, 4, 3, 3, 3], expected [16, 4, 3, 3, 3]",
     ),
     "VAE wider": ("vae/config.json", {"base_dim": 8, "decoder_base_dim": 8}, "has shape"),
     "VAE of lists": ("vae/config.json", {"dim_mult": "1,1,1"}, "dim_mult = '1,1,1'"),
     "text of other width": ("text_encoder/config.json", {"d_model": 64}, "d_model 64, expected 32"),
-    "text deeper": ("text_encoder/config.json", {"num_layers": 3}, "encoder.block.2."),
-    "text of T5": ("text_encoder/config.json", {"model_type": "t5"}, "type t5, expected umt5"),
+    "text deeper": ("text_encoder/config.json", {"num_layers": 3}, "num_layers 3, expected 2"),
+    "text of T5": (
+        "text_encoder/config.json",
+        {"model_type": "t5"},
+        "model_type 't5' in its config.json, expected umt5",
+    ),
     "another pipeline": ("model_index.json", {"_class_name": "WanVACEPipeline"}, "WanVACEPipeline"),
 }
 
@@ -218,6 +221,14 @@ def test_a_config_that_does_not_fit_is_named(refusal, case):
     part = file.split("/")[0]  # the config is named, or the weights that are not as it says
     error = refusal(lambda folder: edit_json(folder / file, **change), part)
     assert words in str(error)
+
+
+def test_image_keys_in_a_config_do_not_make_an_image_model(folder):
+    """Copies of the 5B model's config.json have them, and its weights do not."""
+    spec = open_model(str(folder)).spec
+    changes = {"image_dim": 1280, "added_kv_proj_dim": 24, "pos_embed_seq_len": 514}
+    edit_json(folder / "transformer/config.json", **changes)
+    assert open_model(str(folder)).spec == spec
 
 
 def test_an_empty_folder_is_refused(tmp_path):

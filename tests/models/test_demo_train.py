@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from reelpool.models import wan, wan_weights
+from reelpool.models import wan, wan_context, wan_weights
 from reelpool.models.demo import clips, latent_set, network, train, train_vae
 from reelpool.models.demo.export import export_index, export_text, export_transformer, export_vae
 from reelpool.models.demo.latent_set import LatentSet, encode_clips, load_sets, save_set
@@ -93,12 +93,12 @@ def run_product(weights, latents, timesteps, rows):
     shape = LatentShape(SPEC.in_channels, *latents.shape[2:])
     grid = (shape.frames, shape.height // 2, shape.width // 2)
     rope = rope_table(SPEC.head_dim, grid, CPU)
-    context = wan.embed_text(wan_weights.load_text(source, torch.float32), rows)
+    context = wan_context.embed_text(wan_weights.load_text(source, torch.float32), rows)
     enter = wan_weights.load_enter(SPEC, source, torch.float32)
     hidden = wan.enter(SPEC, enter, latents, timesteps, numerics)
     for index in range(SPEC.num_layers):
         block = wan_weights.load_block(SPEC, source, index, torch.float32)
-        text = wan.text_key_value(SPEC, block, context)
+        text = wan_context.text_key_value(SPEC, block, context)
         wan.run_block(SPEC, block, hidden, rope, text, numerics)
     return wan.leave(SPEC, wan_weights.load_leave(source, torch.float32), hidden, shape, numerics)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 
 from reelpool.errors import ConfigError, WeightError
+from reelpool.models.files import open_model
+from reelpool.models.presets import PRESETS
 from reelpool.models.registry import DEMO_FOLDER, find_spec, model_folder, spec_from_folder
-from reelpool.models.spec import PRESETS, TransformerSpec
+from reelpool.models.spec import ImageEncoderSpec, TransformerSpec
 from tests.tiny_models import copy_model, edit_json
 
 CONFIG = "transformer/config.json"
@@ -36,8 +40,8 @@ def test_a_preset_is_a_geometry_without_weights(name):
     ("name", "words"),
     [
         ("demon", "did you mean demo?"),
-        ("wan2.1-t2v-14", "did you mean wan2.1-t2v-14b?"),
-        ("/nowhere/at/all", "give demo or the path of a model folder"),
+        ("wan2.1-t2v-14", "did you mean wan2.1-t2v-14b"),
+        ("/nowhere/at/all", "give demo, a model's file or folder, or a name that"),
     ],
 )
 def test_an_unknown_name_names_the_nearest(name, words):
@@ -77,12 +81,80 @@ def test_a_folder_without_scheduler_and_optional_keys_gets_the_defaults(tiny_mod
     assert spec.defaults.shift == 5.0
 
 
+def test_image_keys_beside_the_channels_of_a_text_model_are_not_believed(tiny_model, tmp_path):
+    """Copies of the 5B config.json have them although its weights have no such tensors."""
+    folder = copy_model(tiny_model, tmp_path / "model")
+    edit_json(folder / CONFIG, image_dim=1280, added_kv_proj_dim=24, pos_embed_seq_len=514)
+    spec = find_spec(str(folder))
+    assert spec.transformer == find_spec(str(tiny_model)).transformer
+    assert (spec.variant, spec.image, spec.image_encoder) == ("t2v", "", None)
+    assert spec == replace(open_model(str(folder)).spec, quant="")
+
+
+def test_an_image_model_has_an_image_encoder(tiny_model, tmp_path):
+    folder = copy_model(tiny_model, tmp_path / "model")
+    edit_json(folder / "model_index.json", _class_name="WanImageToVideoPipeline")
+    edit_json(folder / CONFIG, in_channels=12, image_dim=32, pos_embed_seq_len=10)
+    with pytest.raises(WeightError, match="image_encoder"):
+        find_spec(str(folder))
+    (folder / "image_encoder").mkdir()
+    edit_json(
+        folder / "image_encoder" / "config.json",
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        image_size=28, hidden_act="gelu",
+    )  # fmt: skip
+    spec = find_spec(str(folder))
+    assert spec.image_encoder == ImageEncoderSpec(32, 3, 2, 48, 28)
+    assert (spec.transformer.image_dim, spec.transformer.image_positions) == (32, 10)
+    assert (spec.variant, spec.image) == ("flf2v", "concat")
+    edit_json(folder / "image_encoder" / "config.json", hidden_act=3)
+    with pytest.raises(WeightError, match="hidden_act 3"):
+        find_spec(str(folder))
+
+
+def test_two_experts_are_of_one_geometry_and_have_a_boundary(tiny_model, tmp_path):
+    folder = copy_model(tiny_model, tmp_path / "model")
+    shutil.copytree(folder / "transformer", folder / "transformer_2")
+    spec = find_spec(str(folder))
+    assert (spec.num_experts, spec.boundary) == (2, 0.875)
+    edit_json(folder / "model_index.json", boundary_ratio=0.7)
+    assert find_spec(str(folder)).boundary == 0.7
+    assert find_spec(str(folder)) == replace(open_model(str(folder)).spec, quant="")
+    edit_json(folder / "transformer_2" / "config.json", num_layers=3)
+    with pytest.raises(WeightError, match="transformer_2"):
+        find_spec(str(folder))
+
+
+def test_the_pipeline_tells_what_weights_do_not(tiny_model, tmp_path):
+    folder = copy_model(tiny_model, tmp_path / "model")
+    edit_json(
+        folder / "model_index.json", expand_timesteps=True, _class_name="WanImageToVideoPipeline"
+    )
+    assert (find_spec(str(folder)).variant, find_spec(str(folder)).image) == ("ti2v", "first-frame")
+    edit_json(
+        folder / "model_index.json",
+        expand_timesteps=None, _class_name="SkyReelsV2DiffusionForcingPipeline",
+    )  # fmt: skip
+    assert find_spec(str(folder)).variant == "df"
+    assert find_spec(str(folder)) == replace(open_model(str(folder)).spec, quant="")
+
+
+def test_a_single_file_gives_its_geometry_by_its_headers(tiny_model, tmp_path):
+    folder = copy_model(tiny_model, tmp_path / "model")
+    parts = (
+        ("vae", str(folder / "vae")),
+        ("text_encoder", str(folder / "text_encoder")),
+    )
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    spec = find_spec(str(file), parts)
+    whole = find_spec(str(folder))
+    assert (spec.transformer, spec.vae, spec.text) == (whole.transformer, whole.vae, whole.text)
+    assert spec.quant == "fp32"
+
+
 CHANGES = {  # id: (file, change, part of the message)
     "another pipeline": ("model_index.json", {"_class_name": "FluxPipeline"}, "FluxPipeline"),
     "no pipeline": ("model_index.json", {"_class_name": None}, "a model of class None"),
-    "image model": (CONFIG, {"image_dim": 1280}, "image_dim 1280"),
-    "image keys": (CONFIG, {"added_kv_proj_dim": 24}, "added_kv_proj_dim 24"),
-    "two images": (CONFIG, {"pos_embed_seq_len": 514}, "pos_embed_seq_len 514"),
     "channels of an I2V": (CONFIG, {"in_channels": 36}, "in_channels 36, out_channels 4"),
     "norm by head": (CONFIG, {"qk_norm": "rms_norm"}, "qk_norm rms_norm"),
     "other patches": (CONFIG, {"patch_size": [1, 4, 4]}, r"patch_size \[1, 4, 4\]"),

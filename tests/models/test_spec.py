@@ -10,7 +10,8 @@ from diffusers import WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from reelpool.models.keys import block_tensors, text_tensors, transformer_tensors
-from reelpool.models.spec import PRESETS, LatentShape, TextSpec, TransformerSpec
+from reelpool.models.presets import PRESETS
+from reelpool.models.spec import LatentShape, TextSpec, TransformerSpec
 
 SMALL = PRESETS["wan2.1-t2v-1.3b"]
 LARGE = PRESETS["wan2.1-t2v-14b"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reelpool.models import wan
+from reelpool.models import wan, wan_context
 from reelpool.models.files import open_model
 from reelpool.models.spec import LatentShape
 from reelpool.models.wan_weights import load_block, load_enter, load_text, map_tensors, tensors_of
@@ -77,31 +76,6 @@ def test_time_rows_have_the_same_bits_however_many_frames(tiny, name):
             assert torch.equal(part.e0, whole.e0[:count])
 
 
-@pytest.mark.parametrize(
-    ("num_words", "rows", "copies"),
-    [(0, 32, 481), (1, 32, 481), (31, 32, 481), (32, 64, 449), (479, 480, 33), (480, 512, None)],
-)
-def test_padding_is_folded_into_one_row(tiny, num_words, rows, copies):
-    weights = load_text(tiny.transformer, torch.float32)
-    context = wan.embed_text(weights, prompt_rows(num_words))
-    whole = weights.second(
-        torch.nn.functional.gelu(weights.first(prompt_rows(num_words)), approximate="tanh")
-    )
-    assert torch.equal(context.rows, whole[:rows])
-    if copies is None:
-        assert context.bias is None
-    else:
-        assert context.bias.tolist() == pytest.approx([0.0] * (rows - 1) + [math.log(copies)])
-
-
-def test_text_rows_have_the_same_bits_however_long_the_padding(tiny):
-    weights = load_text(tiny.transformer, torch.float32)
-    short, full = prompt_rows(20), prompt_rows(512)
-    assert torch.equal(
-        wan.embed_text(weights, short).rows[:20], wan.embed_text(weights, full).rows[:20]
-    )
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_number_of_threads_changes_no_bit_of_the_demo(dtype):
     files = open_model("demo")
@@ -124,8 +98,8 @@ def test_a_block_adds_into_the_stream_in_place(tiny):
     enter = load_enter(spec, tiny.transformer, torch.float32)
     hidden = wan.enter(spec, enter, latents, steps, FLOAT32)
     before, where = hidden.x.clone(), hidden.x.data_ptr()
-    context = wan.embed_text(load_text(tiny.transformer, torch.float32), prompt_rows(3))
-    text = wan.text_key_value(spec, block, context)
+    context = wan_context.embed_text(load_text(tiny.transformer, torch.float32), prompt_rows(3))
+    text = wan_context.text_key_value(spec, block, context)
     rope = runner._rope(LatentShape(4, 2, 4, 4))
     wan.run_block(spec, block, hidden, rope, text, FLOAT32)
     assert hidden.x.data_ptr() == where

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from reelpool.errors import ConfigError, MissingTensor, ShapeMismatch, StateError, WeightError
-from reelpool.models.spec import PRESETS, VaeSpec
+from reelpool.models.presets import PRESETS
+from reelpool.models.spec import VaeSpec
 from reelpool.models.wan_vae import (
     VaeState,
     WanVae,

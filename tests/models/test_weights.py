@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from reelpool.errors import MissingTensor, ShapeMismatch, WeightError
+from reelpool.models.open_weights import open_weights
 from reelpool.models.weights import (
     DTYPES,
     RenamedSource,
     SafetensorsSource,
     check_tensors,
-    open_folder,
 )
 
 TENSORS = {
@@ -121,6 +121,9 @@ HEADERS = {  # id: (header, payload bytes, part of the message)
     "huge rank": (entry(shape=[1] * 100, data_offsets=[0, 4]), 8, "tensor x with shape"),
     "unknown type": (entry(dtype="F4"), 8, "tensor x of type F4, expected one of F64"),
     "type no text": (entry(dtype=["F32"]), 8, "of type"),
+    "type of lines": (entry(dtype="F\n32"), 8, r"tensor x of type 'F\\n32'"),
+    "shape of lines": (entry(shape="\n"), 8, r"tensor x with shape '\\n' at \[0, 8\]"),
+    "name of lines": ({"x\ny": entry()["x"]}, 8, r"a tensor name 'x\\ny', expected printable"),
     "other size": (entry(data_offsets=[0, 4]), 8, "tensor x of 4 bytes, expected 8 bytes"),
     "backwards": (entry(data_offsets=[8, 0]), 8, "tensor x of -8 bytes"),
     "past the end": (entry(), 7, "tensor x ending at .* truncated"),
@@ -181,7 +184,7 @@ def test_a_damaged_index_is_refused(tmp_path, case):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(WeightError, match=words):
-        open_folder(tmp_path, "model")
+        open_weights(tmp_path, "model")
 
 
 def test_shards_are_seen_as_one(tmp_path):
@@ -191,7 +194,7 @@ def test_shards_are_seen_as_one(tmp_path):
         save_file({n: TENSORS[n] for n in names if shards[n] == part}, tmp_path / part)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {**shards, "lost": "part-0.safetensors"}}))
-    source = open_folder(tmp_path, "model")
+    source = open_weights(tmp_path, "model")
     assert source.where == str(index)
     assert set(source.names()) == {*TENSORS, "lost"}
     assert all(torch.equal(source.get(name), tensor) for name, tensor in TENSORS.items())

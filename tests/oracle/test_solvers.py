@@ -10,14 +10,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from reelpool.runtime.solver import (
-    SOLVERS,
-    advance,
-    distilled_sigmas,
-    make_schedule,
-    start,
-    timesteps,
-)
+from reelpool.runtime.schedule import SOLVERS, distilled_sigmas, make_schedule
+from reelpool.runtime.solver import advance, start, timesteps
 
 # DPMSolverMultistepScheduler.set_timesteps under NumPy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -32,7 +32,7 @@ def both(tiny_model):
     def load(name):
         files = open_model("demo" if name == "demo" else str(tiny_model))
         spec, cpu = files.spec.text, torch.device("cpu")
-        ours = TextEncoder(files.folder, spec, files.text_encoder, torch.float32, cpu)
+        ours = TextEncoder(spec, files.text_encoder, files.tokenizer, torch.float32, cpu)
         pipe = WanPipeline(
             AutoTokenizer.from_pretrained(files.folder / "tokenizer"),
             UMT5EncoderModel.from_pretrained(files.folder / "text_encoder", dtype=torch.float32),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from reelpool.errors import WeightError
 from reelpool.models.gguf_source import GgufSource
 from reelpool.models.quant import Quantised
+from tests.damage import damage, damages
 from tests.gguf_files import write
 
 MAX_BYTES = 2**20  # of Python's own; the file has 4 KiB
@@ -62,33 +63,6 @@ def check(path: Path, raw: bytes) -> None:
     if refusal is not None:
         assert str(path) in refusal
         assert "\n" not in refusal
-
-
-@st.composite
-def damages(draw: st.DrawFn, size: int, header: int) -> list[tuple[str, int, bytes]]:
-    """Changes, mostly of the header: (what, where, bytes)."""
-    place = st.integers(0, header - 1) | st.integers(0, header - 1) | st.integers(0, size - 1)
-    word = st.sampled_from([b"\xff" * 8, b"\0" * 8, b"\1" + b"\0" * 7, b"\0" * 7 + b"\x80"])
-    change = st.tuples(
-        st.sampled_from(["set", "set", "insert", "remove", "cut"]),
-        place,
-        st.binary(min_size=1, max_size=12) | word,
-    )
-    return draw(st.lists(change, min_size=1, max_size=4))
-
-
-def damage(raw: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
-    for what, place, new in changes:
-        end = place + len(new)
-        if what == "cut":
-            raw = raw[:place]
-        else:
-            raw = (
-                raw[:place]
-                + (b"" if what == "remove" else new)
-                + raw[place if what == "insert" else end :]
-            )
-    return raw
 
 
 def test_the_whole_file_is_read(tmp_path, whole):

@@ -7,15 +7,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from reelpool.errors import ConfigError, StateError
-from reelpool.runtime.solver import (
-    SOLVERS,
-    StepState,
-    advance,
-    check_state,
-    make_schedule,
-    start,
-    timesteps,
-)
+from reelpool.runtime.schedule import SOLVERS, make_schedule
+from reelpool.runtime.solver import StepState, advance, check_state, start, timesteps
 
 FRAMES = 5
 relaxed = settings(max_examples=25, deadline=None, derandomize=True, database=None)

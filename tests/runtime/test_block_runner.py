@@ -21,6 +21,7 @@ from tests.tiny_models import (
     prompt_rows,
     velocity,
 )
+from tests.tiny_variants import make_transformer, open_module, open_variant, variant_input
 
 STEPS = torch.tensor([400.0, 10.0])
 WHOLE = BlockRange(0, 2, 2)
@@ -47,15 +48,15 @@ def test_text_keys_are_kept_only_above_the_share(files, runner):
     shares = [spec.text_kv_share(spec.num_tokens(shape), 32) for shape in (SMALL, LARGE)]
     assert shares[0] > TEXT_KV_MIN_SHARE > shares[1]
     runner.run(WHOLE, [forward(LARGE)])
-    assert runner._text_kv == {}
+    assert runner._key_values == {}
     runner.run(WHOLE, [forward(SMALL)])
-    assert {index for _, index in runner._text_kv} == {0, 1}
+    assert {index for _, index in runner._key_values} == {0, 1}
 
 
 def test_kept_keys_change_no_bit(files, runner):
     first, second = (runner.run(WHOLE, [forward()])[0] for _ in range(2))
     assert torch.equal(first, second)
-    assert runner._text_kv
+    assert runner._key_values
     runner.drop_caches()
     assert torch.equal(runner.run(WHOLE, [forward()])[0], first)
 
@@ -71,9 +72,9 @@ def test_prompts_kept_are_bounded_and_the_longest_unused_goes(runner):
         runner.run(WHOLE, [forward(seed=seed)])
     assert len(runner._contexts) == MAX_CONTEXTS
     assert runner.cache_bytes == kept
-    assert hot.text_key in runner._contexts
-    assert cold.text_key not in runner._contexts
-    assert {key for key, _ in runner._text_kv} == set(runner._contexts)
+    assert ("text", hot.text_key) in runner._contexts
+    assert ("text", cold.text_key) not in runner._contexts
+    assert {key for key, _ in runner._key_values} == set(runner._contexts)
 
 
 def test_more_forwards_than_prompts_kept_still_answer(files, runner):
@@ -141,3 +142,58 @@ def test_a_range_in_the_middle_gives_hidden_states(runner):
     (result,) = runner.run(BlockRange(1, 2, 2), [replace(forward(), hidden=hidden)])
     item = forward()
     assert torch.equal(result, velocity(runner, item.latents, STEPS, item.prompt_embeds))
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("variants")
+    return open_module("i2v-2.1", make_transformer("i2v-2.1"), folder)
+
+
+def test_branches_share_one_image_and_keep_its_keys(image_model):
+    runner, whole = open_variant("i2v-2.1", image_model), BlockRange(0, 3, 3)
+    cond = variant_input("i2v-2.1", STEPS, size=(4, 4))
+    uncond = replace(cond, text_key="other", prompt_embeds=prompt_rows(0))
+    first = runner.run(whole, [cond, uncond])
+    assert sorted(kind for kind, _ in runner._contexts) == ["image", "text", "text"]
+    assert {(key[0], index) for key, index in runner._key_values} == {
+        (kind, index) for kind in ("text", "image") for index in range(3)
+    }
+    assert len(runner._key_values) == 9
+    # another call brings the same digest: what is kept is used, the features are not looked at
+    again = [replace(item, image_embeds=torch.zeros(0, 0)) for item in (cond, uncond)]
+    assert all(torch.equal(*pair) for pair in zip(first, runner.run(whole, again), strict=True))
+    runner.drop_caches()
+    assert runner.cache_bytes == 0
+    alone = [runner.run(whole, [item])[0] for item in (cond, uncond)]
+    assert all(torch.equal(*pair) for pair in zip(first, alone, strict=True))
+
+
+def test_image_keys_are_kept_only_above_the_share(image_model):
+    runner = open_variant("i2v-2.1", image_model)
+    runner.run(BlockRange(0, 3, 3), [variant_input("i2v-2.1", STEPS, size=(16, 16))])
+    assert len(runner._contexts) == 2
+    assert {key[0] for key, _ in runner._key_values} == {"image"}  # 257 rows weigh more than 32
+
+
+def test_an_image_and_a_prompt_of_equal_digest_are_two(image_model):
+    runner = open_variant("i2v-2.1", image_model)
+    forward = variant_input("i2v-2.1", STEPS, size=(4, 4))
+    same = replace(forward, image_key=forward.text_key)
+    whole = BlockRange(0, 3, 3)
+    assert torch.equal(runner.run(whole, [same])[0], runner.run(whole, [forward])[0])
+
+
+def test_every_parameter_of_a_model_with_images_is_loaded_once(image_model):
+    runner = open_variant("i2v-2.1", image_model)
+    runner.load(BlockRange(0, 3, 3))
+    assert runner.weight_bytes == 4 * runner.spec.num_params
+    runner.free()
+    assert runner.weight_bytes == 0
+
+
+def test_channels_that_are_missing_are_noticed(image_model):
+    runner = open_variant("i2v-2.1", image_model)
+    forward = replace(variant_input("i2v-2.1", STEPS, size=(4, 4)), condition=None)
+    with pytest.raises(AssertionError, match="36"):
+        runner.run(BlockRange(0, 3, 3), [forward])

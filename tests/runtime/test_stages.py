@@ -10,6 +10,7 @@ import torch
 from reelpool.errors import WeightError
 from reelpool.models.files import open_model
 from reelpool.models.spec import LatentShape
+from reelpool.runtime.conditioning import unit_image
 from reelpool.runtime.device import cpu_card
 from reelpool.runtime.stages import (
     MAX_STREAMS,
@@ -18,7 +19,7 @@ from reelpool.runtime.stages import (
     memory_error,
     prompt_key,
 )
-from reelpool.runtime.types import BlockCall, BlockRange, DecodeCall, ModelRef
+from reelpool.runtime.types import BlockCall, BlockRange, DecodeCall, ImageCall, ModelRef
 from reelpool.runtime.wire import from_bytes, pack, to_bytes, unpack
 from tests.tiny_models import FLOAT32, TEXT_DIM, latents_of
 
@@ -92,7 +93,7 @@ def test_streams_do_not_mix_and_are_bounded(stages, model, whole):
 
 def test_held_bytes_count_what_is_loaded_and_free_drops_it(stages, model):
     spec = open_model(model.name).spec
-    names = ("transformer", "caches", "text_encoder", "vae", "vae_streams")
+    names = ("transformer", "caches", "text_encoder", "image_encoder", "vae", "vae_streams")
     assert stages.held_bytes() == dict.fromkeys(names, 0)
     prompt = stages.encode_text(model, "a red ring")
     assert stages.held_bytes()["text_encoder"] == 4 * spec.text.num_params
@@ -156,3 +157,86 @@ def test_the_allocators_refusal_is_told_from_other_errors():
         error = memory_error(card, "a step", refusal)
         assert "cpu:0 ran out of memory during a step (budget 1 MiB)" in str(error)
     assert memory_error(card, "a step", RuntimeError("shapes do not match")) is None
+
+
+@pytest.fixture(scope="module")
+def image_models(tmp_path_factory):
+    """Kind -> reference to a tiny model that takes images."""
+    from tests.tiny_image_models import write_image_model
+
+    root = tmp_path_factory.mktemp("image-models")
+    names = {kind: str(write_image_model(root / kind, kind)) for kind in ("flf2v", "ti2v")}
+    names["i2v-2.2"] = str(write_image_model(root / "i2v-2.2", "i2v-2.2"))
+    return {kind: ModelRef(name, open_model(name).digest, FLOAT32) for kind, name in names.items()}
+
+
+def images_packet(*sizes):
+    """Random images of (height, width), the first and perhaps the last of a video."""
+    made = torch.Generator().manual_seed(4)
+    images = [
+        torch.randint(0, 256, (*size, 3), generator=made, dtype=torch.uint8) for size in sizes
+    ]
+    return pack(dict(zip(("first", "last"), images, strict=False)), {"digest": "ab"}), images
+
+
+def test_images_become_channels_and_features(stages, image_models):
+    model = image_models["flf2v"]
+    packet, images = images_packet((40, 64), (32, 48))
+    made, meta = unpack(stages.encode_image(ImageCall(model, 48, 32, 9), packet))
+    assert made["condition"].shape == (1, 20, 3, 4, 6)
+    assert made["image_embeds"].shape == (2 * 17, 16)
+    assert str(meta["key"]).startswith("encode_image-")
+    # the encoder gets each image whole, not what is cut out for the video
+    encoder = stages._image_encoder(model)
+    for index, image in enumerate(images):
+        features = encoder.encode(unit_image(image))
+        assert torch.equal(made["image_embeds"][17 * index : 17 * index + 17], features)
+    assert stages.held_bytes()["image_encoder"] == encoder.num_bytes > 0
+    again, _ = unpack(CardStages(cpu_card(0)).encode_image(ImageCall(model, 48, 32, 9), packet))
+    assert all(torch.equal(again[name], tensor) for name, tensor in made.items())
+
+
+def test_an_image_becomes_the_first_latent_frame(stages, image_models):
+    packet, _ = images_packet((50, 70))
+    made, _ = unpack(stages.encode_image(ImageCall(image_models["ti2v"], 64, 32, 9), packet))
+    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
+        "latent": (1, 48, 1, 2, 4)
+    }
+
+
+def test_keys_tell_image_calls_apart(stages, image_models):
+    model = image_models["i2v-2.2"]
+    packet, images = images_packet((32, 32))
+    other = pack({"first": images[0]}, {"digest": "cd"})
+    calls = [(ImageCall(model, 32, 32, 5), packet), (ImageCall(model, 32, 32, 9), packet)]
+    calls += [(ImageCall(model, 32, 32, 5), other)]
+    keys = {unpack(stages.encode_image(*call))[1]["key"] for call in calls}
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize(("share", "held"), [(10.0, 2), (1.5, 1)])
+def test_the_first_expert_leaves_only_if_both_do_not_fit(image_models, share, held):
+    model, blocks = image_models["i2v-2.2"], BlockRange(0, 2, 2)
+    one = 4 * open_model(model.name).spec.transformer.num_params
+    stages = CardStages(cpu_card(0, int(share * one)))
+    for expert in (0, 1):
+        stages.load_blocks(model, blocks, expert)
+    assert stages.held_bytes()["transformer"] == held * one
+    stages.load_blocks(model, blocks, 0)
+    assert stages.held_bytes()["transformer"] == held * one
+
+
+def test_experts_have_weights_of_their_own(stages, image_models):
+    model, shape = image_models["i2v-2.2"], LatentShape(16, 2, 4, 4)
+    packet, _ = images_packet((32, 32))
+    image = stages.encode_image(ImageCall(model, 32, 32, 5), packet)
+    inputs = pack({"latents": latents_of(shape), "timesteps": torch.full((2,), 9.0)})
+    prompts = (stages.encode_text(model, "a red ring"),)
+    velocities = []
+    for expert in (0, 1, 0):
+        blocks = BlockRange(0, 2, 2)
+        call = BlockCall(model, "job", 0, ("cond",), blocks, shape, expert, has_image=True)
+        result = stages.run_blocks(call, inputs, prompts, image)
+        velocities.append(unpack(result)[0]["velocity.cond"])
+    assert torch.equal(velocities[0], velocities[2])
+    assert not torch.allclose(velocities[0], velocities[1], atol=1e-3)

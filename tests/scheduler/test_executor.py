@@ -1,24 +1,29 @@
 """Real runs: in this process, and on one Ray cluster for the whole file."""
 
 import os
+import shutil
 import signal
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from reelpool.errors import Cancelled, WeightError, WorkerLost
-from reelpool.models.registry import find_spec
+from reelpool.models.registry import DEMO_FOLDER, find_spec
 from reelpool.runtime.device import cpu_card
 from reelpool.runtime.results import RunDir
 from reelpool.runtime.solver import StepState
-from reelpool.runtime.types import BlockRange
+from reelpool.runtime.types import BlockRange, LoraRef
 from reelpool.runtime.video import read_frames, read_metadata
 from reelpool.scheduler.executor import Executor, run_jobs
 from reelpool.scheduler.job_run import JobContext
 from reelpool.scheduler.open_pool import pool_card
 from reelpool.scheduler.plan import Hop, JobPlan, Plan, group_calls
 from reelpool.scheduler.planner import make_plan
+from reelpool.scheduler.pool import InProcessPool
 from tests.settings import demo_settings
 
 
@@ -50,9 +55,10 @@ def ray_pool():
 
 def routed(settings, strategy, routes):
     """A plan with routes made by hand."""
-    base = make_plan([settings], [find_spec("demo")], POOL_CARDS).jobs[0]
-    stages = (("encode_text", "worker-1"), ("decode", "worker-0"))
-    job = JobPlan(base.job, strategy, base.numerics, routes, group_calls(routes), stages)
+    base = make_plan([settings], [find_spec(settings.model)], POOL_CARDS).jobs[0]
+    stages = (("encode_text", "worker-1"), ("encode_image", "worker-1"), ("decode", "worker-0"))
+    calls, steps = group_calls(routes), base.expert_steps
+    job = JobPlan(base.job, strategy, base.numerics, routes, calls, stages, steps)
     return Plan((job,), ())
 
 
@@ -102,6 +108,106 @@ def test_every_route_on_ray_gives_the_bits_of_this_process(strategy, here, ray_p
     assert (read_frames(settings.output) == read_frames(here[0].output)).all()
 
 
+@pytest.fixture(scope="module")
+def image_models(tmp_path_factory):
+    """Kind -> folder of a tiny model that takes images; beside them an image."""
+    from tests.tiny_image_models import write_image_model
+
+    root = tmp_path_factory.mktemp("image-models")
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / "image.png")
+    return {kind: write_image_model(root / kind, kind) for kind in ("i2v-2.1", "i2v-2.2")}
+
+
+def image_settings(folder, model, **changes):
+    folder.mkdir(exist_ok=True)
+    size = {"width": 48, "height": 32, "frames": 9, "image": model.parent / "image.png"}
+    return demo_settings(folder, model=str(model), shift=5.0, **{**size, **changes})
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", ["i2v-2.1", "i2v-2.2"])
+def test_image_jobs_cut_and_split_on_ray_give_the_bits_of_this_process(
+    kind, image_models, ray_pool, tmp_path
+):
+    """Features go to every range; the low-noise expert of 2.2 runs without guidance."""
+    model = image_models[kind]
+    experts = {"guidance_low": 1.0} if kind == "i2v-2.2" else {}
+    settings = image_settings(tmp_path / "here", model, **experts)
+    (expected,) = run_jobs([settings], "auto", Events())
+    settings = image_settings(tmp_path / "ray", model, **experts)
+    head, tail, whole = BlockRange(0, 1, 2), BlockRange(1, 2, 2), BlockRange(0, 2, 2)
+    routes = (("cond", (Hop(A, head), Hop(B, tail))), ("uncond", (Hop(B, whole),)))
+    events = Events()
+    plan = routed(settings, "cut and split", routes)
+    (result,) = Executor(ray_pool, events).run([JobContext.open(settings)], plan)
+    latents = [load_file(each.latents)["latents"] for each in (expected, result)]
+    assert torch.equal(*latents)
+    assert latents[0].std() > 0.1
+    stages = [event.stage for event in events if event.kind == "stage_finished"]
+    loads = ["load"] * (1 + (kind == "i2v-2.2"))  # the low-noise expert, when its steps come
+    assert stages == ["encode_text", "encode_image", *loads, "denoise", "decode"]
+
+
+@pytest.mark.parametrize("kind", ["i2v-2.1", "i2v-2.2"])
+def test_another_image_gives_another_video(kind, image_models, tmp_path):
+    model, latents = image_models[kind], []
+    for name, colour in (("one", "red"), ("two", "blue")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (48, 32), colour).save(tmp_path / name / "image.png")
+        settings = image_settings(tmp_path / name, model, image=tmp_path / name / "image.png")
+        (result,) = run_jobs([settings], "auto", Events())
+        latents.append(load_file(result.latents)["latents"])
+    assert not torch.allclose(*latents, atol=1e-3)
+
+
+def test_parts_named_by_the_user_reach_the_worker(here, tmp_path):
+    """The demo model with a text encoder from another folder, then with one that cannot be."""
+    other = shutil.copytree(DEMO_FOLDER / "text_encoder", tmp_path / "encoder")
+    file = other / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("final_layer_norm.weight"))
+    save_file({**tensors, name: tensors[name] * 1.5}, file)
+    settings = demo_settings(tmp_path, parts=(("text_encoder", str(other)),))
+    (result,) = run_jobs([settings], "auto", Events())
+    assert not torch.allclose(load_file(result.latents)["latents"], here[1], atol=1e-3)
+    vae = DEMO_FOLDER / "vae" / "diffusion_pytorch_model.safetensors"
+    events = Events()
+    with pytest.raises(WeightError):
+        run_jobs([replace(settings, parts=(("text_encoder", str(vae)),))], "auto", events)
+    assert not events
+
+
+def test_a_lora_is_reported_and_one_for_another_model_refused_before_a_worker_starts(
+    here, tmp_path
+):
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    layer = "diffusion_model.blocks.0.self_attn.q"
+    width = find_spec("demo").transformer.dim
+    for path, size in ((good, width), (bad, width + 8)):
+        made = torch.Generator().manual_seed(1)
+        down, up = (torch.randn(*shape, generator=made) for shape in ((2, size), (size, 2)))
+        tensors = {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
+        save_file({**tensors, "lora_te_x.lora_down.weight": torch.zeros(2, 2)}, path)
+    latents = {}
+    for strength in (0.0, 0.5):
+        settings = demo_settings(
+            tmp_path, f"job-{strength}", loras=(LoraRef(str(good), strength, strength),)
+        )
+        events = Events()
+        (result,) = run_jobs([settings], "auto", events)
+        latents[strength] = load_file(result.latents)["latents"]
+        (report,) = [event for event in events if event.kind == "lora"]
+        assert (report.num_layers, len(report.unmatched)) == (1, 1)
+        assert report.text.startswith(str(good))
+    assert torch.equal(latents[0.0], here[1])
+    assert not torch.allclose(latents[0.5], here[1], atol=1e-3)
+    events = Events()
+    with pytest.raises(WeightError, match=r"bad\.safetensors"):
+        run_jobs([demo_settings(tmp_path, loras=(LoraRef(str(bad), 1.0, 1.0),))], "auto", events)
+    assert not events
+
+
 @pytest.mark.ray
 def test_planned_jobs_share_two_workers_with_the_bits_of_a_lone_job(here, ray_pool, tmp_path):
     jobs = [demo_settings(tmp_path, "one"), demo_settings(tmp_path, "two", guidance=1.0, seed=5)]
@@ -142,6 +248,31 @@ def test_interrupt_stops_before_the_next_block_and_leaves_no_partial_file(tmp_pa
         run_jobs([settings], "auto", interrupt)
     assert not list(tmp_path.glob("*.mp4"))
     assert (settings.run_dir / "latents.safetensors").exists()
+
+
+def test_ctrl_c_never_strikes_inside_the_pool(tmp_path):
+    settings = demo_settings(tmp_path)
+    calls = []
+
+    class Interrupting(InProcessPool):
+        def wait(self, refs, timeout_s):
+            calls.append("began")
+            os.kill(os.getpid(), signal.SIGINT)
+            done = super().wait(refs, timeout_s)
+            calls.append("ended")
+            return done
+
+    pool = Interrupting(cpu_card(0), 1, Events())
+    card = pool_card("here", "here", cpu_card(0))
+    plan = make_plan([settings], [find_spec("demo")], [card])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(Cancelled):
+            Executor(pool, Events()).run([JobContext.open(settings)], plan)
+    finally:
+        pool.close()
+    assert calls == ["began", "ended"]
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_damaged_model_fails_before_a_worker_starts(tmp_path):

@@ -72,6 +72,47 @@ def test_several_jobs_begin_on_different_cards(tmp_path):
     assert [job.workers for job in made.jobs] == [("worker-0",), ("worker-1",)]
 
 
+def preset_plan(tmp_path, model, count=2, **changes):
+    spec = find_spec(model)
+    own = spec.defaults
+    values = {"steps": own.steps, "shift": own.shift, "guidance": own.guidance, **changes}
+    return make_plan([demo_settings(tmp_path, model=model, **values)], [spec], cards(count))
+
+
+@pytest.mark.parametrize(
+    ("model", "steps"),
+    [("wan2.2-t2v-a14b", (26, 14)), ("wan2.2-i2v-a14b", (15, 25)), ("wan2.1-t2v-14b", (50,))],
+)
+def test_the_steps_of_each_expert_are_planned_and_said(tmp_path, model, steps):
+    made = preset_plan(tmp_path, model)
+    (job,) = made.jobs
+    assert job.expert_steps == steps
+    assert [job.expert_of(step) for step in (0, steps[0] - 1)] == [0, 0]
+    assert ("low noise" in made.explain()) == (len(steps) == 2)
+    if len(steps) == 2:
+        assert job.expert_of(steps[0]) == job.expert_of(sum(steps) - 1) == 1
+        assert f"{steps[0]} steps high noise, then {steps[1]} low noise" in made.explain()
+
+
+def test_uncond_is_planned_if_any_expert_needs_it(tmp_path):
+    changes = {"guidance": 1.0, "guidance_low": 3.0}
+    made = preset_plan(tmp_path, "wan2.2-t2v-a14b", **changes)
+    assert made.strategy == "cfg-split"
+
+
+def test_images_are_encoded_beside_the_text_and_where_the_vae_is(tmp_path):
+    made = preset_plan(tmp_path, "wan2.2-i2v-a14b")
+    assert made.jobs[0].stages == (
+        ("encode_text", "worker-0"),
+        ("encode_image", "worker-1"),
+        ("decode", "worker-1"),
+    )
+    text_only = preset_plan(tmp_path, "wan2.2-ti2v-5b").jobs[0]
+    assert [stage for stage, _ in text_only.stages] == ["encode_text", "decode"]
+    with_image = preset_plan(tmp_path, "wan2.2-ti2v-5b", image=tmp_path / "a.png").jobs[0]
+    assert [stage for stage, _ in with_image.stages] == ["encode_text", "encode_image", "decode"]
+
+
 def test_no_card_is_refused(tmp_path):
     with pytest.raises(PlanError, match="no card"):
         plan(tmp_path, 0)
