@@ -2,7 +2,9 @@
 
 Held-out captions, each with its own seed, go through the product's text encoder, denoising loop and
 VAE in float32, once with the demo's own weights (bfloat16) and once with each of the files that
-`reelpool quantize` writes. SSIM loss is 1 - SSIM.
+`reelpool quantize` writes. SSIM loss is 1 - SSIM. A few clips rule the mean: rounding takes their
+noise to another path or phase of the same motion (q5_0: stripes half a period off, 0.49 for one of
+32 clips); hence the median beside it.
 
     python benchmarks/quantise.py [--clips N] [--only q8_0,fp8] [--dry-run]
 """

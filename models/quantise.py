@@ -54,6 +54,7 @@ STRIPE = 2**24
 PIECE = 2**20
 LARGEST = 65504.0  # of float16, in which the scales of GGUF's blocks are
 FP8_LARGEST = 448.0  # of float8_e4m3fn
+NOTHING = 1e-30  # a matrix of numbers below counts as zeros: its scale might be no normal number
 
 Progress = Callable[[int, int], None]
 """Told after each block: how many are done, and of how many."""
@@ -177,14 +178,14 @@ def _scaled_fp8(source: WeightSource, tensor: Stored) -> tuple[Bytes, np.float32
     """A matrix as float8_e4m3fn, rounded to the nearest, and the scale that brings it back."""
     ends = [stripe.aminmax() for stripe in _stripes(source, tensor.name, math.inf)]
     largest = max(max(-low.item(), high.item()) for low, high in ends)
-    scale = np.float32(largest / FP8_LARGEST) or np.float32(1)
+    scale = np.float32(largest / FP8_LARGEST if largest > NOTHING else 1)
     out = np.empty(tensor.byte_shape, np.uint8)
     start = 0
     for stripe in _stripes(source, tensor.name, math.inf):
-        # the scale is rounded: the largest value may come out above the range, and as NaN
-        values = (stripe / float(scale)).clamp_(-FP8_LARGEST, FP8_LARGEST)
-        out[start : start + len(values)] = values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-        start += len(values)
+        # the largest may come out at 448.00003, which rounds to 448; NaN begins at 464
+        codes = (stripe / float(scale)).to(torch.float8_e4m3fn).view(torch.uint8)
+        out[start : start + len(codes)] = codes.numpy()
+        start += len(codes)
     return out, scale
 
 
