@@ -33,7 +33,7 @@ def measured(name, size, frames, groups=1, layers=1, **options):
 
 @pytest.mark.parametrize(
     ("size", "groups", "most"),
-    [  # measured 1.609, 0.804, 3.678, 1.776; diffusers 3.48 and 8.01
+    [  # measured 1.604, 0.800, 3.674, 1.771; diffusers 3.48 and 8.02
         ((832, 480), 1, 1.65),
         ((832, 480), 8, 0.85),
         ((1280, 720), 1, 3.75),
@@ -49,17 +49,16 @@ def test_a_14b_forward_stays_under_its_targets(size, groups, most):
     assert sum(piece.num_bytes for piece in found.pieces) == found.peak_bytes
 
 
-@pytest.mark.parametrize("groups", [1, 8])
-def test_timesteps_per_frame_add_next_to_nothing(groups):
+def test_timesteps_per_frame_add_next_to_nothing():
     scalar, own = (
-        measured("skyreels-v2-df-14b-540p", (832, 480), 81, groups, per_frame=each)
+        measured("skyreels-v2-df-14b-540p", (832, 480), 81, 8, per_frame=each)
         for each in (False, True)
     )
     assert own.peak_bytes - scalar.peak_bytes <= 0.05 * GIB  # measured 0; diffusers 6.55
 
 
 def test_the_peak_does_not_depend_on_the_depth_where_no_text_is_kept():
-    one, three = (measured("wan2.1-t2v-14b", (832, 480), 81, 8, layers) for layers in (1, 3))
+    one, three = (measured("wan2.1-t2v-1.3b", (512, 512), 33, 8, layers) for layers in (1, 3))
     assert one.peak_bytes == three.peak_bytes
     assert one.kept_bytes == three.kept_bytes
 
@@ -75,7 +74,7 @@ def test_keys_that_are_kept_for_every_block_count():
 
 def test_a_short_prompt_takes_less():
     long, short = (
-        measured("wan2.1-t2v-1.3b", (832, 480), 81, 8, num_words=words) for words in (512, 40)
+        measured("wan2.1-t2v-1.3b", (512, 512), 17, 8, num_words=words) for words in (512, 40)
     )
     assert short.kept_bytes < long.kept_bytes
     assert short.peak_bytes < long.peak_bytes
