@@ -6,6 +6,7 @@ number of experts and from names.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from .catalogue import without_suffix
@@ -16,13 +17,24 @@ from .parts import ModelParts
 from .presets import usual_boundary
 from .spec import ImageEncoderSpec, ModelSpec, TextSpec, TransformerSpec, VaeSpec
 
-NAMED_PARTS = 5  # of a path: the cache keeps `org--name` four folders above the file
+_NAMED_PARTS = 5  # of a path: the cache keeps `org--name` up to four folders above the file
+_DIGEST = re.compile(r"[0-9a-f]{40,64}")  # of a commit, or of a file in the cache
 
 
 def words_of(found: ModelParts) -> str:
-    """The words of a model's name and path: they may say 480p, SkyReels, or 4 steps."""
-    path = found.folder or found.transformers[0]
-    return "/".join((found.name, *path.parts[-NAMED_PARTS:]))
+    """The words of a model's path: they may say 480p, SkyReels, or 4 steps."""
+    return path_words(found.folder or found.transformers[0])
+
+
+def path_words(path: Path) -> str:
+    """The last names of a path, without those that the Hugging Face cache makes up.
+
+    Examples:
+        >>> path_words(Path("hub/models--org--name/snapshots") / ("3df0" * 10) / "wan.gguf")
+        'hub/models--org--name/wan.gguf'
+    """
+    said = [name for name in path.parts if name != "snapshots" and not _DIGEST.fullmatch(name)]
+    return "/".join(said[-_NAMED_PARTS:])
 
 
 def assemble(

@@ -94,11 +94,19 @@ def _listed(folder: Path, seen: set[tuple[int, int]]) -> tuple[list[str], list[s
             for number, entry in enumerate(entries):
                 if number > MAX_ENTRIES:
                     break
-                if not entry.name.startswith("."):
+                if not entry.name.startswith(".") and not _is_special(entry):
                     (folders if entry.is_dir() else names).append(entry.name)
     except OSError:  # it has gone, or is not ours to read
         return names, folders
     return sorted(names), sorted(folders)
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a pipe, socket or device: reading one may wait for ever.
+
+    A link to nothing is none: whoever opens it says what it lacks.
+    """
+    return not entry.is_file() and not entry.is_dir() and os.path.exists(entry.path)
 
 
 def _is_model(names: list[str], folders: list[str]) -> bool:

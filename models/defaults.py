@@ -27,6 +27,14 @@ NEGATIVE = (
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
 )
 # fmt: on
+# a number of lines: with p, or as a word or half of a size; not a part of a date or a digest
+_LINES = re.compile(r"(?<!\d)(480|540|720)p(?![0-9a-z])|(?<![0-9a-wyz])(480|540|720)(?![0-9a-wyz])")
+_FEW_STEPS = re.compile(
+    r"lightx2v|lightning|(?:^|[_\-. ])4[_\- ]?steps?(?![a-z])|step[_\-]?distill"
+)
+# folders that are called like a model: of the Hugging Face cache, or copies of a repository
+_CACHED = re.compile(r"models--(?:.*?--)?")  # and the organisation
+_MODEL_FOLDER = re.compile(r"models--|.*wan[ _.\-]?2|.*skyreels")
 _FIRST_WORDS = {"i2v": "镜头晃动，", "flf2v": "镜头切换，"}  # noqa: RUF001
 
 
@@ -39,7 +47,8 @@ def defaults_for(
         variant: as `ModelSpec.variant`.
         transformer: of one expert.
         num_experts: 1 or 2.
-        name: file or folder name, for what the weights do not tell.
+        name: of the file or folder, for what the weights do not tell; the names of folders above
+            may stand before it. The last name that says a thing decides.
 
     Examples:
         >>> from reelpool.models.spec import TransformerSpec
@@ -48,8 +57,9 @@ def defaults_for(
         (12.0, 5.0)
     """
     words = name.lower()
+    is_720p = _is_720p(words)
     if variant == "df" or "skyreels" in words:
-        made = _skyreels(variant, words)
+        made = _skyreels(variant, is_720p)
     elif num_experts == 2:
         made = _two_experts(transformer)
     elif variant == "ti2v":
@@ -57,18 +67,37 @@ def defaults_for(
     elif variant == "flf2v":
         made = ModelDefaults(width=1280, height=720, shift=16.0)
     elif variant == "i2v":
-        made = _image_to_video(words)
+        made = _image_to_video(is_720p)
     else:
         made = ModelDefaults()
     if transformer.text_dim == UMT5_XXL_DIM:
         made = replace(made, negative=_negative(variant, transformer))
-    return _distilled(made, words)
+    return _distilled(made) if _is_distilled(words) else made
 
 
-def _image_to_video(words: str) -> ModelDefaults:
+def _is_720p(words: str) -> bool:
+    """Whether a model is for 720p: the last name that has a number of lines says it."""
+    for name in reversed(words.split("/")):
+        lines = ["".join(groups) for groups in _LINES.findall(name)]
+        if lines:
+            return "720" in lines and "480" not in lines
+    return False
+
+
+def _is_distilled(words: str) -> bool:
+    """Whether a model was distilled to few steps: its file or its repository is called so.
+
+    Other folders do not count, nor an organisation: lightx2v's folder holds whole models too.
+    """
+    *folders, own = words.split("/")
+    names = [own, *(folder for folder in folders if _MODEL_FOLDER.match(folder))]
+    return any(_FEW_STEPS.search(_CACHED.sub("", name)) for name in names)
+
+
+def _image_to_video(is_720p: bool) -> ModelDefaults:
     """Wan 2.1: the shift goes with the size, 3 for 480p and 5 for 720p."""
-    width, height = HIGH_RES if "720" in words else LOW_RES
-    shift = 5.0 if "720" in words else 3.0
+    width, height = HIGH_RES if is_720p else LOW_RES
+    shift = 5.0 if is_720p else 3.0
     return ModelDefaults(width=width, height=height, steps=40, shift=shift)
 
 
@@ -79,8 +108,8 @@ def _two_experts(transformer: TransformerSpec) -> ModelDefaults:
     return ModelDefaults(steps=40, guidance=3.5, guidance_low=3.5, shift=5.0)
 
 
-def _skyreels(variant: str, words: str) -> ModelDefaults:
-    width, height, frames = (1280, 720, 121) if "720" in words else (960, 544, 97)
+def _skyreels(variant: str, is_720p: bool) -> ModelDefaults:
+    width, height, frames = (1280, 720, 121) if is_720p else (960, 544, 97)
     guidance, shift = (5.0, 5.0) if variant == "i2v" else (6.0, 8.0)
     return ModelDefaults(width, height, frames, _SKYREELS_FPS, guidance=guidance, shift=shift)
 
@@ -90,13 +119,11 @@ def _negative(variant: str, transformer: TransformerSpec) -> str:
     return (_FIRST_WORDS.get(variant, "") if transformer.image_dim else "") + NEGATIVE
 
 
-def _distilled(made: ModelDefaults, words: str) -> ModelDefaults:
-    """A model distilled to few steps says so in its name; then it takes no guidance.
+def _distilled(made: ModelDefaults) -> ModelDefaults:
+    """A model distilled to few steps takes no guidance.
 
     UniPC with shift 5 steps through the very levels of lightx2v's training, 1000, 937, 833, 625
     (facts: a plain grid of the lcm solver would not).
     """
-    if re.search(r"lightx2v|lightning|[_\-. ]4[_\- ]?steps?(?![a-z])|step[_\-]?distill", words):
-        low = None if made.guidance_low is None else 1.0
-        return replace(made, steps=4, shift=5.0, guidance=1.0, guidance_low=low)
-    return made
+    low = None if made.guidance_low is None else 1.0
+    return replace(made, steps=4, shift=5.0, guidance=1.0, guidance_low=low)

@@ -269,5 +269,5 @@ def _is_forcing(name: str) -> bool:
     """SkyReels' diffusion-forcing models, by their names alone."""
     words = name.lower()
     return "skyreels" in words and bool(
-        re.search(r"(?<![a-z])df(?![a-z])|diffusion[-_ ]?forcing", words)
+        re.search(r"(?<![a-z0-9])df(?![a-z0-9])|diffusion[-_ ]?forcing", words)
     )

@@ -135,7 +135,7 @@ def _open_experts(
 
 def _words(spec: TransformerSpec, traits: ModelTraits) -> str:
     return (
-        f"a {traits.variant} transformer of {spec.num_layers} blocks, width {spec.dim}, "
+        f"a transformer of kind {traits.variant}, {spec.num_layers} blocks, width {spec.dim}, "
         f"{spec.in_channels} channels"
     )
 

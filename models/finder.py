@@ -209,7 +209,17 @@ def _override(experts: tuple[Path, ...], given: Mapping[str, Path]) -> tuple[Pat
     """A folder's experts, those that the user named in place of its own."""
     high = given.get("high_noise", experts[HIGH])
     low = given.get("low_noise", experts[LOW] if len(experts) > 1 else None)
+    if low:
+        _check_two(high, low, given)
     return (high, low) if low else (high,)
+
+
+def _check_two(high: Path, low: Path, given: Mapping[str, Path]) -> None:
+    """Refuse one file as both experts: the model would run, and give poor videos."""
+    if same_file(high, low):
+        option = next((f"--{word}-noise" for word in WORDS if f"{word}_noise" in given), WHERE)
+        problem = f"{high} would be the high-noise and the low-noise expert"
+        raise ConfigError(option, problem, "give two files, one of each expert")
 
 
 def _experts(
@@ -226,14 +236,16 @@ def _experts(
         files[own], files[1 - own] = path, other
     elif None in files:  # the model's own file is the other one, or has it beside
         absent = files.index(None)
-        is_same = own == 1 - absent or same_file(named_one, path)
-        files[absent] = partner(path, searched) if is_same else path
+        files[absent] = partner(path, searched) if own == 1 - absent else path
     lacks = []
     if None in files:
         word = WORDS[files.index(None)]
         lack = Lack(f"--{word}-noise", f"{word}-noise expert", partner_name(path), path.parent)
         lacks.append(lack)
-    return tuple(file for file in files if file), lacks
+    found = tuple(file for file in files if file)
+    if not lacks:
+        _check_two(found[HIGH], found[LOW], given)
+    return found, lacks
 
 
 def _chosen(folder: Path) -> Path:

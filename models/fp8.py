@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -32,6 +33,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SCALES = (".scale_weight", ".weight_scale")
 _MARKS = (".comfy_quant", ".scale_input", ".input_scale")  # read or not needed: never weights
 _FILE_MARK = "scaled_fp8"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a block or a layer, in a tensor's name
 
 
 def with_scales(source: WeightSource) -> WeightSource:
@@ -42,7 +44,8 @@ def with_scales(source: WeightSource) -> WeightSource:
     `comfy_quant`.
 
     Raises:
-        WeightError: if a layer is quantised in a way that is not fp8, or a scale does not fit.
+        WeightError: if a layer is quantised in a way that is not fp8, a scale does not fit, or one
+            matrix has two scales, or none while others of its kind have one.
     """
     names = set(source.names())
     formats = _formats(source, names)
@@ -54,12 +57,7 @@ def with_scales(source: WeightSource) -> WeightSource:
         if name.endswith(".weight_scale_2"):
             found = f"tensor {name}, a second scale as nvfp4 has"
             raise WeightError(source.where, found, "fp8 with one scale", ADVICE)
-    scales = {
-        f"{name.removesuffix(end)}.weight": name
-        for name in names
-        for end in _SCALES
-        if name.endswith(end)
-    }
+    scales = _scale_names(source, names)
     hidden = {
         name
         for name in names
@@ -74,6 +72,7 @@ def with_scales(source: WeightSource) -> WeightSource:
         if info.dtype != FORMATS[kind]:
             found = f"tensor {info.name} of {_word(info.dtype)}, said to be {kind}"
             raise WeightError(info.file, found, f"values of {kind}", ADVICE)
+    _check_all_scaled(source, names, scales)
     return Fp8Source(source, scales, hidden)
 
 
@@ -162,6 +161,34 @@ def _check_numbers(info: TensorInfo, data: torch.Tensor) -> None:
                 "finite numbers",
                 "the file is damaged or was badly made: download it again, or take another one",
             )
+
+
+def _scale_names(source: WeightSource, names: set[str]) -> dict[str, str]:
+    """Each weight's name to that of its scale."""
+    scales: dict[str, str] = {}
+    for name in sorted(names):
+        for end in _SCALES:
+            if name.endswith(end):
+                weight = f"{name.removesuffix(end)}.weight"
+                if weight in scales:
+                    found = f"tensors {scales[weight]} and {name}, two scales of one matrix"
+                    raise WeightError(source.where, found, "one of them", ADVICE)
+                scales[weight] = name
+    return scales
+
+
+def _check_all_scaled(source: WeightSource, names: set[str], scales: Mapping[str, str]) -> None:
+    """Refuse an fp8 matrix that lost its scale, which would be wrong by a factor of about 1000.
+
+    Only where the same layer of another block has one: embeddings are stored without, and a file
+    of a whole model may have a scaled text encoder beside a plain transformer.
+    """
+    kinds = {_NUMBER.sub("#", weight) for weight in scales}
+    for name in sorted(names - scales.keys()):
+        if _NUMBER.sub("#", name) in kinds and _is_fp8_matrix(source.info(name)):
+            scale = name.removesuffix(".weight") + _SCALES[0]
+            found = f"tensor {name} in fp8 without a scale, which others of its kind have"
+            raise WeightError(source.info(name).file, found, scale, ADVICE)
 
 
 def _check_scale(source: WeightSource, weight: str, name: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from reelpool.errors import MissingTensor, ShapeMismatch, WeightError
 
 from . import fp8
-from .assembly import NAMED_PARTS
+from .assembly import path_words
 from .detect import ModelTraits, detect, refuse_other, refuse_unsupported
 from .jsonfile import read_json
 from .keys import to_diffusers, transformer_names_from_diffusers, transformer_tensors
@@ -67,9 +67,8 @@ def open_transformer(path: Path) -> tuple[TransformerSpec, ModelTraits, WeightSo
     shapes = {name: source.info(theirs).shape for name, theirs in stored.items()}
     width = (*shapes.get("text_embedding.0.weight", ()), 0)[0]
     config_file, config = _config(path, is_diffusers, width)
-    words = "/".join(path.parts[-NAMED_PARTS:])
     try:
-        spec, variant, image = detect(raw.where, shapes, config, config_file, words)
+        spec, variant, image = detect(raw.where, shapes, config, config_file, path_words(path))
     except MissingTensor as error:  # told by the name that the file would have
         name = prefix + (to_diffusers(error.tensor) if is_diffusers else error.tensor)
         raise MissingTensor(error.file, name, error.expected, error.advice) from None

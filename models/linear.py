@@ -6,7 +6,7 @@ top of each other. What a LoRA adds runs beside the matrix, which it never chang
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -120,15 +120,29 @@ class Linear:
             start = stop
 
 
-def stack(parts: list[Linear]) -> Linear:
+Fill = Callable[[Sequence[Tensor], torch.dtype], Tensor]
+
+
+def gather(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Rows on top of each other in a type; a single tensor that has it is not copied."""
+    cast = [part.to(dtype) for part in parts]
+    return cast[0] if len(cast) == 1 else torch.cat(cast)
+
+
+def stack(parts: list[Linear], dtype: torch.dtype | None = None, fill: Fill = gather) -> Linear:
     """Put several matrices over the same input on top of each other.
 
     Neighbours of one kind become one matrix, and one product makes all their outputs.
+
+    Args:
+        parts: from the top down.
+        dtype: of plain weights and biases in the result; None for what the first of a run has.
+        fill: makes each tensor of the result out of the parts', given its type.
     """
-    biases = [part.bias for part in parts]
-    bias = torch.cat([b for b in biases if b is not None]) if biases[0] is not None else None
+    biases = [part.bias for part in parts if part.bias is not None]
     matrices = [matrix for part in parts for matrix in part.matrices]
-    joined = [_join(list(run)) for _, run in groupby(matrices, _kind)]
+    joined = [_join(list(run), dtype, fill) for _, run in groupby(matrices, _kind)]
+    bias = fill(biases, dtype or biases[0].dtype) if biases else None
     sides, start = [], 0
     for part in parts:
         sides += [replace(side, start=start + side.start) for side in part.sides]
@@ -177,12 +191,13 @@ def _rows(matrix: Matrix, start: int, stop: int) -> Matrix:
     return matrix[start:stop] if isinstance(matrix, Tensor) else matrix.rows(start, stop)
 
 
-def _join(run: list[Matrix]) -> Matrix:
+def _join(run: list[Matrix], dtype: torch.dtype | None, fill: Fill) -> Matrix:
     """Concatenate the rows of matrices of one kind."""
     if isinstance(run[0], Tensor):
-        return torch.cat([matrix for matrix in run if isinstance(matrix, Tensor)])
+        tensors = [matrix for matrix in run if isinstance(matrix, Tensor)]
+        return fill(tensors, dtype or tensors[0].dtype)
     quantised = [matrix for matrix in run if isinstance(matrix, Quantised)]
     shape = (sum(matrix.shape[0] for matrix in run), run[0].shape[1])
     scales = [m.scale for m in quantised if m.scale is not None]
-    scale = torch.cat(scales) if scales else None
-    return Quantised(torch.cat([m.data for m in quantised]), run[0].kind, shape, scale)
+    scale = fill(scales, torch.float32) if scales else None
+    return Quantised(fill([m.data for m in quantised], torch.uint8), run[0].kind, shape, scale)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from reelpool.errors import ConfigError, WeightError
 
+from .assembly import path_words
 from .catalogue import Found, is_diffusers, is_weights, scan, without_suffix
 from .companions import USUALS, is_companion
 from .defaults import defaults_for
@@ -141,7 +142,7 @@ def spec_of(model: ListedModel) -> ModelSpec:
         return find_spec(model.parts.name)
     t, num_experts = model.transformer, len(model.parts.transformers)
     vae = WAN22_VAE if t.out_channels == WAN22_VAE.z_dim else WAN21_VAE
-    words = "/".join(model.parts.transformers[HIGH].parts[-4:])
+    words = path_words(model.parts.transformers[HIGH])
     made = ModelSpec(
         model.name,
         t,

@@ -12,8 +12,9 @@ Source: facts/wan.md section 3.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from reelpool.errors import WeightError
 
+from .catalogue import is_weights
 from .files import files_digest
 from .finite import check_finite
 from .keys import transformer_tensors
@@ -42,6 +44,7 @@ _REFUSED = {
     "lokr": ("LoKr entries (lokr_*), Kronecker products", "convert it to a LoRA"),
     "tucker": ("entries with a middle factor (lora_mid)", "convert it to a plain LoRA"),
     "oft": ("OFT entries, which rotate the weight", "use a LoRA"),
+    "scaled": ("fp8 factors that have scales of their own", "use a 16-bit one"),
 }
 _FACTORS = ("down", "up", "up_bias", "alpha")
 _ALONE = {
@@ -78,12 +81,17 @@ class Unmatched:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What of a LoRA applies to a model. layers: by canonical name."""
+    """What of a LoRA applies to a model.
+
+    layers: by canonical name.
+    is_low: its names say that it was made for the low-noise expert.
+    """
 
     where: str
     layers: Mapping[str, LoraLayer]
     unmatched: tuple[Unmatched, ...]
     num_keys: int
+    is_low: bool = False
 
     @property
     def share(self) -> float:
@@ -91,12 +99,19 @@ class LoraReport:
         return 1 - len(self.unmatched) / self.num_keys
 
     def describe(self) -> list[str]:
-        """The report in lines: what is applied, then each reason with its number of entries."""
+        """The report in lines: what is applied, then each reason with its number of entries.
+
+        A file whose names say that it is for the low-noise expert is applied as the user says.
+        """
         applied = self.num_keys - len(self.unmatched)
         lines = [
             f"{self.where}: {applied} of {self.num_keys} entries applied, to "
             f"{len(self.layers)} layers"
         ]
+        if self.is_low:
+            lines.append(
+                "its names say that it is for the low-noise expert: FILE:0,1 leaves the other alone"
+            )
         counts = Counter(entry.reason for entry in self.unmatched)
         first = {entry.reason: entry.key for entry in reversed(self.unmatched)}
         return lines + [
@@ -141,7 +156,7 @@ class LoraFile:
             entries = found.setdefault(key.target, {})
             problem = key.problem or _absent(key.target, spec, shapes)
             if not problem and key.kind in entries:
-                problem = f"the same as {entries[key.kind]}"
+                problem = "a second entry for the same layer"
             if problem:
                 unmatched.append(Unmatched(key.name, problem))
             else:
@@ -156,7 +171,8 @@ class LoraFile:
         has_blocks = any(target.startswith("blocks.") for target in found)
         if not any(target.startswith("blocks.") or not has_blocks for target in layers):
             raise self._nothing_fits(spec, unmatched)
-        return LoraReport(self.where, layers, tuple(unmatched), len(self.keys))
+        is_low = any(key.is_low for key in self.keys)
+        return LoraReport(self.where, layers, tuple(unmatched), len(self.keys), is_low)
 
     def _layer(
         self, target: str, entries: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
@@ -189,12 +205,22 @@ class LoraFile:
     def _shape(self, name: str) -> tuple[int, ...]:
         return self.source.info(name).shape
 
+    def _type_problem(self, name: str) -> str:
+        """Why a tensor's type cannot be applied, "" if it is floating point."""
+        info = self.source.info(name)
+        if info.dtype.is_floating_point and not info.quant:
+            return ""
+        return f"of type {info.quant or str(info.dtype).removeprefix('torch.')}, not floating point"
+
     def _factor_problem(
         self, target: str, entries: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
     ) -> str:
         """Why a layer's factors cannot be applied, "" if they can or if there are none."""
         if not any(kind in entries for kind in _FACTORS):
             return ""
+        for kind in ("down", "up", "up_bias"):
+            if kind in entries and (problem := self._type_problem(entries[kind])):
+                return problem
         if "down" not in entries or "up" not in entries:
             return _ALONE[next((kind for kind in ("down", "up") if kind in entries), "")]
         weight = shapes.get(f"{target}.weight", ())
@@ -219,6 +245,8 @@ class LoraFile:
         expected = shapes.get(tensor) or (shapes.get(target) if kind == "diff" else None)
         if expected is None:
             return "a difference of a bias, of which this layer has none"
+        if problem := self._type_problem(name):
+            return problem
         shape = self._shape(name)
         if shape == expected or (1, *shape) == expected:  # tools drop a leading 1 of modulations
             return ""
@@ -256,8 +284,10 @@ def open_lora(path: Path) -> LoraFile:
 
     Raises:
         WeightError: if the file is missing or damaged, or is of a kind that this version cannot
-            apply: DoRA, LoHa, LoKr, OFT, or entries that replace weights.
+            apply: DoRA, LoHa, LoKr, OFT, scaled fp8, entries that replace weights, or entries for
+            both experts.
     """
+    _check_exists(path)
     source = open_weights(path, ADAPTER)
     names = layer_names()
     keys = tuple(read_key(name, names) for name in source.names())
@@ -267,12 +297,38 @@ def open_lora(path: Path) -> LoraFile:
             raise WeightError(
                 source.where, f"{found}, such as {key.name}", "low-rank factors", advice
             )
+    _check_one_expert(source.where, keys)
     files = [Path(file) for file in sorted({source.info(key.name).file for key in keys})]
     scaling, settings = read_scaling(source)
     files += settings
     # by number, not by name: a copy is the same LoRA
     digest = files_digest({str(number): file for number, file in enumerate(files)})
     return LoraFile(source.where, source, digest, keys, scaling)
+
+
+def _check_exists(path: Path) -> None:
+    """Refuse a path where no file of weights is, in a LoRA's words."""
+    if not os.path.exists(path):
+        raise WeightError(str(path), "no such file", "a LoRA there", "correct the path")
+    try:
+        names = os.listdir(path) if os.path.isdir(path) else [ADAPTER]
+    except OSError as error:
+        raise WeightError(str(path), f"an unreadable folder ({error})", "its files") from None
+    if os.path.isdir(path) and not any(map(is_weights, names)):
+        expected = f"{ADAPTER}.safetensors or another LoRA's file"
+        raise WeightError(str(path), "no file of weights", expected, "give the path of a file")
+
+
+def _check_one_expert(where: str, keys: Iterable[LoraKey]) -> None:
+    """Refuse a file for both experts: on each, half of its entries would be the other's."""
+    first = {key.is_low: key.name for key in reversed(list(keys)) if key.target}
+    if len(first) == 2:
+        raise WeightError(
+            where,
+            f"entries for both experts, such as {first[False]} and {first[True]}",
+            "those of one",
+            "split it into two files, and give them as HIGH:1,0 and LOW:0,1",
+        )
 
 
 def _absent(target: str, spec: TransformerSpec, shapes: Mapping[str, object]) -> str:

@@ -20,7 +20,9 @@ from .spec import TransformerSpec
 # What an entry holds, by how its name ends. peft puts the adapter's name before `.weight`; `_lora`
 # and `lora_linear_layer` are older diffusers; w_norm and b_norm are LyCORIS' differences of norms.
 _ADAPTER = r"(?:\.[^.]+){0,2}"
+_FACTOR = r"(?:lora_[AB]|lora_up|lora_down|lora\.up|lora\.down)"
 _KINDS = {
+    "scaled": rf"[._]{_FACTOR}(?:\.[^.]+){{0,2}}\.(?:scale_weight|weight_scale)",
     "up_bias": r"\.(?:lora_B|lora_up)(?:\.[^.]+)?\.bias",
     "down": rf"[._](?:lora_A|lora_down|lora\.down|lora_linear_layer\.down){_ADAPTER}",
     "up": rf"[._](?:lora_B|lora_up|lora\.up|lora_linear_layer\.up){_ADAPTER}",
@@ -49,6 +51,7 @@ _DOTTED = (
     "dit.",
     "unet.",
 )
+_LOW = re.compile(r"(?:base_model\.model\.)?transformer_2\.")
 _UNDERSCORED = re.compile(r"(?:lora_unet|lora_transformer|lora_dit|lycoris)_+(.+)")
 _BLOCK = re.compile(r"blocks[._](\d{1,9})[._](.+)")
 
@@ -72,8 +75,8 @@ class LoraKey:
 
     name: as stored.
     kind: "down", "up", "up_bias", "alpha", "diff" (of a weight, a norm or a modulation), "diff_b"
-        (of a bias), one that is refused: "dora", "set_weight", "loha", "lokr", "tucker", "oft";
-        "" when it is no entry of a LoRA.
+        (of a bias), one that is refused: "dora", "set_weight", "loha", "lokr", "tucker", "oft",
+        "scaled" (a scale of an fp8 factor); "" when it is no entry of a LoRA.
     target: the canonical layer, such as blocks.3.self_attn.q or blocks.3.modulation; "" when it
         means none.
     problem: why there is no target or no kind, else "".
@@ -83,6 +86,11 @@ class LoraKey:
     kind: str
     target: str
     problem: str = ""
+
+    @property
+    def is_low(self) -> bool:
+        """Whether its name says the low-noise expert, which diffusers calls transformer_2."""
+        return _LOW.match(self.name) is not None
 
 
 @dataclass(frozen=True)

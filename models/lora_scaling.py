@@ -68,17 +68,20 @@ def read_scaling(source: WeightSource) -> tuple[Scaling, list[Path]]:
 
 
 def _from_metadata(metadata: Mapping[str, object]) -> dict[str, object]:
-    """What a safetensors header says about scales: plain entries, or diffusers' JSON of them."""
-    said = dict(metadata)
+    """What a safetensors header says about scales in diffusers' JSON.
+
+    Plain entries such as lora_alpha are what trainers note down for people: diffusers and ComfyUI
+    take a layer without alpha as alpha = rank, and so must we.
+    """
     stored = metadata.get("lora_adapter_metadata")
     try:
         loaded = json.loads(stored) if isinstance(stored, str) else None
     except (ValueError, RecursionError):
         loaded = None
-    if isinstance(loaded, dict):
-        said |= {name.removeprefix("transformer."): value for name, value in loaded.items()}
+    said = loaded if isinstance(loaded, dict) else {}
     return {
-        name: said[name] for name in ("lora_alpha", "alpha_pattern", "use_rslora") if name in said
+        name.removeprefix("transformer.").removeprefix("transformer_2."): value
+        for name, value in said.items()
     }
 
 

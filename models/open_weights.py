@@ -54,6 +54,7 @@ def open_weights(path: Path, stem: str = "") -> WeightSource:
     """
     if os.path.isdir(path) and path.suffix not in SUFFIXES:
         return _open_folder(path, stem)
+    _refuse_special(path)
     if path.name.endswith(INDEX):
         return _open_index(path)
     match = _SHARD.fullmatch(path.name)
@@ -142,6 +143,7 @@ def _open_file(path: Path) -> WeightSource:
     }
     own = {SAFETENSORS: b"", GGUF: b"GGUF", TORCH: b"PK\x03\x04"}
     suffix = path.suffix.lower()
+    _refuse_special(path)
     for suffixes, source in kinds.items():
         if suffix in suffixes:
             _check_magic(path, own[suffixes])
@@ -149,6 +151,12 @@ def _open_file(path: Path) -> WeightSource:
     if not os.path.exists(path):  # also of a name that is too long for one
         raise WeightError(str(path), "no such file", "the model's weights there", AGAIN)
     raise WeightError(str(path), f"a name that ends in {suffix!r}", "one of " + ", ".join(SUFFIXES))
+
+
+def _refuse_special(path: Path) -> None:
+    """Refuse a pipe, socket or device: opening one may wait for ever, and none can be mapped."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise WeightError(str(path), "a pipe or a device", "a file of weights", AGAIN)
 
 
 def _check_magic(path: Path, own: bytes) -> None:

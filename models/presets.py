@@ -88,6 +88,7 @@ def _presets() -> dict[str, ModelSpec]:
     specs = [
         _text("wan2.1-t2v-1.3b", _SMALL),
         _text("wan2.1-t2v-14b", _LARGE),
+        _image("wan2.1-i2v-14b", _LARGE),
         _image("wan2.1-i2v-14b-480p", _LARGE),
         _image("wan2.1-i2v-14b-720p", _LARGE),
         _image("wan2.1-flf2v-14b-720p", _LARGE, "flf2v"),

@@ -64,16 +64,16 @@ def block_bytes(spec: TransformerSpec, quant: str) -> int:
         quant: one of `QUANTS`; "" counts 16 bits. What a file's weights are found to be
             (`ModelTraits.quant`) goes too: "fp8_e4m3 scaled", "iq3_s", "fp32".
     """
-    quant = _known(quant)
+    quant = counted_name(quant)
     return sum(
-        _tensor_bytes(shape, _type_of(name, shape, quant))
+        _tensor_bytes(shape, stored_type(name, shape, quant))
         for name, shape in block_tensors(spec, 0).items()
     )
 
 
 def other_bytes(spec: TransformerSpec, quant: str) -> int:
     """Bytes of the weights outside of the blocks, which no mix quantises."""
-    quant = _known(quant)
+    quant = counted_name(quant)
     small, matrices = _PLAIN.get(quant, "f32"), _PLAIN.get(quant, "bf16")
     return sum(
         _tensor_bytes(shape, matrices if len(shape) == 2 else small)
@@ -86,15 +86,25 @@ def transformer_bytes(spec: TransformerSpec, quant: str) -> int:
     return spec.num_layers * block_bytes(spec, quant) + other_bytes(spec, quant)
 
 
-def _known(quant: str) -> str:
-    """A quantisation by the name under which it is counted."""
+def counted_name(quant: str) -> str:
+    """A quantisation by the name under which it is counted.
+
+    >>> counted_name("fp8_e4m3 scaled"), counted_name("")
+    ('fp8', 'bf16')
+    """
     if quant.startswith("fp8"):
         return "fp8"
     return quant or "bf16"
 
 
-def _type_of(name: str, shape: tuple[int, ...], quant: str) -> str:
-    """Type of a tensor of a block; rows that are not made of whole blocks stay in 16 bits."""
+def stored_type(name: str, shape: tuple[int, ...], quant: str) -> str:
+    """Type of a tensor of a block; rows that are not made of whole blocks stay in 16 bits.
+
+    Args:
+        name: canonical.
+        shape: of its values.
+        quant: as for `block_bytes`, less the words behind "fp8".
+    """
     if len(shape) != 2 or quant == "fp32":
         return _PLAIN.get(quant, "f32")
     matrices, values, down = _MIXES.get(quant, (quant, quant, quant))
@@ -102,6 +112,12 @@ def _type_of(name: str, shape: tuple[int, ...], quant: str) -> str:
     if name.endswith(".v.weight"):
         kind = values
     return kind if shape[-1] % _BLOCKS[kind][0] == 0 else "f16"
+
+
+def value_bytes(kind: str) -> float:
+    """Bytes of one value of a stored type."""
+    size, num_bytes = _BLOCKS[kind]
+    return num_bytes / size
 
 
 def _tensor_bytes(shape: tuple[int, ...], kind: str) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from reelpool.errors import ConfigError, WeightError
 
-from .assembly import NAMED_PARTS
+from .assembly import path_words
 from .detect import HEAD_DIM, ModelTraits, variant_of
 from .experts import WORDS, expert_of, is_half
 from .jsonfile import read_json
@@ -165,8 +165,7 @@ def _notices(
             f"config.json beside the new file says that it has {spec.num_heads} heads of "
             f"{spec.head_dim}; keep the two together"
         )
-    words = "/".join(out.absolute().parts[-NAMED_PARTS:])
-    variant, _ = variant_of(str(out), spec, words)
+    variant, _ = variant_of(str(out), spec, path_words(out.absolute()))
     if variant != traits.variant:
         yield (
             f"only its name tells that this is a model of kind {traits.variant}, and "

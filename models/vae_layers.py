@@ -143,7 +143,8 @@ class CausalConv3d(nn.Conv3d):
         caches[self.path] = last.clone(memory_format=torch.contiguous_format)
 
     def forward(self, window: Tensor) -> Tensor:
-        """Convolve a window; (B, in, T + kept, H, W) to (B, out, T, H, W)."""
+        """Convolve a window; (B, in, T + kept, H, W) to (B, out, T, H, W) of the weight's type."""
+        window = window.to(self.weight.dtype)
         batch, channels, frames, height, width = window.shape
         num_out = (frames - self.kernel_size[0]) // self.stride[0] + 1
         is_slow = batch == 1 and channels * frames * height <= SLOW_CONV3D_SIZE

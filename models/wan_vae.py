@@ -11,8 +11,6 @@ parameters: diffusers' AutoencoderKLWan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -37,58 +35,17 @@ from .vae_layers import (
     split,
     split_factors,
 )
+from .vae_state import VaeState
 from .weights import WeightSource, check_tensors
 
-__all__ = ["VaeState", "WanVae", "expected_tensors", "load_vae", "vae_spec_from_config"]
-
-CACHE_PREFIX = "cache."
-
-
-@dataclass(frozen=True, eq=False)
-class VaeState:
-    """All that a stream carries from one call to the next.
-
-    num_done: latent frames already processed.
-    caches: module path -> last input frames of that temporal convolution, at most 2.
-    pending: encode only: float32 pixel frames that do not fill a group yet.
-    """
-
-    num_done: int = 0
-    caches: Mapping[str, Tensor] = field(default_factory=dict)
-    pending: Tensor | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        pending = [] if self.pending is None else [self.pending]
-        return sum(tensor.nbytes for tensor in [*self.caches.values(), *pending])
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Name everything as tensors (no copies), so that a safetensors file can hold it."""
-        tensors = {CACHE_PREFIX + path: cache for path, cache in self.caches.items()}
-        tensors["num_done"] = torch.tensor(self.num_done)
-        if self.pending is not None:
-            tensors["pending"] = self.pending
-        return tensors
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> VaeState:
-        """Inverse of `to_tensors`.
-
-        Raises:
-            StateError: if `num_done` is missing or there are tensors of other names.
-        """
-        rest = dict(tensors)
-        num_done, pending = rest.pop("num_done", None), rest.pop("pending", None)
-        if num_done is None or num_done.dtype != torch.int64 or num_done.shape or num_done < 0:
-            raise StateError(
-                "VAE state", f"num_done = {num_done}", "one whole number, not negative"
-            )
-        for name in rest:
-            if not name.startswith(CACHE_PREFIX):
-                raise StateError("VAE state", f"tensor {name}", "num_done, pending and cache.*")
-        caches = {name.removeprefix(CACHE_PREFIX): cache for name, cache in rest.items()}
-        return cls(int(num_done.item()), caches, pending)
+__all__ = [
+    "VaeState",
+    "WanVae",
+    "expected_tensors",
+    "load_vae",
+    "stays_float32",
+    "vae_spec_from_config",
+]
 
 
 class DownStage(nn.Module):
@@ -218,7 +175,8 @@ class Decoder(nn.Module):
 class WanVae(nn.Module):
     """Encoder and decoder with latent statistics. Holds parameters only; calls are functional.
 
-    Its type is that of its parameters; frames, latents and the statistics are float32.
+    Its type is that of its parameters, `stays_float32` apart; frames, latents and the statistics
+    are float32.
     """
 
     def __init__(self, spec: VaeSpec) -> None:
@@ -256,19 +214,36 @@ class WanVae(nn.Module):
         _check_shape("latents", latents, self.spec.z_dim, 1)
         state = state or VaeState()
         caches = self._open(state, self.decoder, "decoder")
-        mean, std = self._statistics(latents.device)
-        dtype = self.post_quant_conv.weight.dtype
-        pieces = []
-        for i in range(latents.shape[2]):
-            z = (latents[:, :, i : i + 1].float() * std + mean).to(dtype)
-            x = self.post_quant_conv(z)
-            x = self.decoder(x, caches, state.num_done + i == 0)
-            pieces.append(unpatchify(x, self.spec.patch_size).float().clamp(-1.0, 1.0))
-            del x
+        pieces = [
+            self.decode_frame(latents[:, :, i : i + 1], caches).clamp(-1.0, 1.0)
+            for i in range(latents.shape[2])
+        ]
         batch, _, _, height, width = latents.shape
         size = (batch, 3, 0, height * self.spec.spatial_factor, width * self.spec.spatial_factor)
         frames = torch.cat(pieces, 2) if pieces else latents.new_zeros(size, dtype=torch.float32)
         return frames, VaeState(state.num_done + latents.shape[2], caches)
+
+    def decode_frame(self, latents: Tensor, caches: Caches) -> Tensor:
+        """Decode the next latent frame of a stream whose caches the caller owns.
+
+        Nobody else has to hold the caches: each is freed as soon as the next one stands.
+
+        Args:
+            latents: (B, z, 1, h, w), normalised.
+            caches: of the decoder, changed; empty starts a stream. Unchecked but for their sizes.
+
+        Returns:
+            frames (B, 3, 1 or 4, H, W) float32, not clamped yet to [-1, 1], so that tiles can be
+            blended before.
+
+        Raises:
+            StateError: if a cache has another size.
+        """
+        is_first = not caches
+        mean, std = self._statistics(latents.device)
+        z = (latents.float() * std + mean).to(self.post_quant_conv.weight.dtype)
+        x = self.decoder(self.post_quant_conv(z), caches, is_first)
+        return unpatchify(x, self.spec.patch_size).float()
 
     def encode(self, frames: Tensor, state: VaeState | None = None) -> tuple[Tensor, VaeState]:
         """Encode the next frames of a stream: the first alone, then groups of 4.
@@ -288,24 +263,31 @@ class WanVae(nn.Module):
         _check_shape("frames", frames, 3, self.spec.spatial_factor)
         state = state or VaeState()
         caches = self._open(state, self.encoder, "encoder")
-        mean, std = self._statistics(frames.device)
         groups, pending = self._group(frames, state)
-        pieces = []
-        for group in groups:
-            x = patchify(group.to(self.quant_conv.weight.dtype), self.spec.patch_size)
-            x = self.quant_conv(self.encoder(x, caches))
-            pieces.append((x[:, : self.spec.z_dim].float() - mean) / std)
-            del x
-        batch, _, _, height, width = frames.shape
-        size = (
-            batch,
-            self.spec.z_dim,
-            0,
-            height // self.spec.spatial_factor,
-            width // self.spec.spatial_factor,
-        )
+        pieces = [self.encode_group(group, caches) for group in groups]
+        rows, columns = (side // self.spec.spatial_factor for side in frames.shape[3:])
+        size = (frames.shape[0], self.spec.z_dim, 0, rows, columns)
         latents = torch.cat(pieces, 2) if pieces else frames.new_zeros(size, dtype=torch.float32)
         return latents, VaeState(state.num_done + len(pieces), caches, pending)
+
+    def encode_group(self, frames: Tensor, caches: Caches) -> Tensor:
+        """Encode the next frames of a stream whose caches the caller owns, see `decode_frame`.
+
+        Args:
+            frames: (B, 3, 1, H, W) at the start of a stream, then (B, 3, 4, H, W), in [-1, 1].
+            caches: of the encoder, changed; empty starts a stream. Unchecked but for their sizes.
+
+        Returns:
+            normalised latents (B, z, 1, h, w) float32, the mean of the posterior.
+
+        Raises:
+            StateError: if a cache has another size.
+        """
+        mean, std = self._statistics(frames.device)
+        x = patchify(frames.to(self.quant_conv.weight.dtype), self.spec.patch_size)
+        x = self.quant_conv(self.encoder(x, caches))
+        latents: Tensor = (x[:, : self.spec.z_dim].float() - mean) / std
+        return latents
 
     def _group(self, frames: Tensor, state: VaeState) -> tuple[list[Tensor], Tensor | None]:
         """Cut frames, after those that wait in the state, into groups and a rest to wait."""
@@ -370,13 +352,23 @@ def expected_tensors(spec: VaeSpec) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
 
 
+def stays_float32(name: str) -> bool:
+    """Whether a parameter is float32 in a VAE of half weights, for the sake of colour.
+
+    Of the demo VAE in bfloat16, the scales of the norms and the last convolution shift the mean of
+    red and green by 0.07 of 255; without them 0.01 is left, and 0.16 instead of 0.22 of noise
+    (benchmarks/decode.py). The norms compute in float32 anyway.
+    """
+    return name.endswith(".gamma") or name.startswith("decoder.conv_out.")
+
+
 def load_vae(
     spec: VaeSpec, source: WeightSource, dtype: torch.dtype, device: torch.device | str
 ) -> WanVae:
     """Build a VAE around stored weights, ready for inference (no gradients).
 
     A weight that needs neither conversion nor transfer stays a read-only view of its file: clone
-    the parameters before training them.
+    the parameters before training them. Those of `stays_float32` are float32 for every `dtype`.
 
     Raises:
         WeightError: if the source does not fit the spec, or a tensor is not finite.
@@ -387,7 +379,10 @@ def load_vae(
     vae.requires_grad_(False)
     names = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     check_tensors(source, names)
-    weights = {name: load_plain(source, name, dtype, device) for name in names}
+    weights = {
+        name: load_plain(source, name, torch.float32 if stays_float32(name) else dtype, device)
+        for name in names
+    }
     vae.load_state_dict(weights, assign=True)
     return vae
 

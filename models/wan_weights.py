@@ -7,7 +7,7 @@ value matrices are stacked: one product makes all three.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .finite import check_finite
-from .linear import Linear, stack
+from .linear import Fill, Linear, gather, stack
 from .spec import TransformerSpec
 from .weights import WeightSource
 
@@ -95,14 +95,14 @@ def load_enter(spec: TransformerSpec, source: WeightSource, dtype: torch.dtype) 
     if spec.fps_embedding:
         fps = FpsWeights(
             _tensor(source, "fps_embedding.weight", dtype),
-            _linear(source, "fps_projection.0", dtype),
-            _linear(source, "fps_projection.2", dtype),
+            _linear(source, ["fps_projection.0"], dtype),
+            _linear(source, ["fps_projection.2"], dtype),
         )
     return EnterWeights(
         Linear(patch, _tensor(source, "patch_embedding.bias", dtype)),
-        _linear(source, "time_embedding.0", torch.float32),
-        _linear(source, "time_embedding.2", torch.float32),
-        _linear(source, "time_projection.1", dtype),
+        _linear(source, ["time_embedding.0"], torch.float32),
+        _linear(source, ["time_embedding.2"], torch.float32),
+        _linear(source, ["time_projection.1"], dtype),
         fps,
     )
 
@@ -110,7 +110,7 @@ def load_enter(spec: TransformerSpec, source: WeightSource, dtype: torch.dtype) 
 def load_text(source: WeightSource, dtype: torch.dtype) -> TextWeights:
     """Read the text projection from canonical names."""
     return TextWeights(
-        _linear(source, "text_embedding.0", dtype), _linear(source, "text_embedding.2", dtype)
+        _linear(source, ["text_embedding.0"], dtype), _linear(source, ["text_embedding.2"], dtype)
     )
 
 
@@ -126,8 +126,8 @@ def load_image(
     return ImageWeights(
         positions,
         _norm(source, "img_emb.proj.0"),
-        _linear(source, "img_emb.proj.1", dtype),
-        _linear(source, "img_emb.proj.3", dtype),
+        _linear(source, ["img_emb.proj.1"], dtype),
+        _linear(source, ["img_emb.proj.3"], dtype),
         _norm(source, "img_emb.proj.4"),
     )
 
@@ -135,34 +135,52 @@ def load_image(
 def load_leave(source: WeightSource, dtype: torch.dtype) -> LeaveWeights:
     """Read the head from canonical names."""
     modulation = _tensor(source, "head.modulation", torch.float32).squeeze(0)
-    return LeaveWeights(modulation, _linear(source, "head.head", dtype))
+    return LeaveWeights(modulation, _linear(source, ["head.head"], dtype))
 
 
 def load_block(
-    spec: TransformerSpec, source: WeightSource, index: int, dtype: torch.dtype
+    spec: TransformerSpec,
+    source: WeightSource,
+    index: int,
+    dtype: torch.dtype,
+    fill: Fill = gather,
 ) -> BlockWeights:
-    """Read one block from canonical names, the query, key and value matrices stacked."""
+    """Read one block from canonical names, the query, key and value matrices stacked.
+
+    Args:
+        spec: geometry.
+        source: the weights.
+        index: of the block.
+        dtype: compute type, of all plain weights but norms and modulation.
+        fill: makes every tensor of the block, so that all may lie in one buffer.
+    Raises:
+        WeightError: if there is a NaN or an infinity in it.
+    """
     prefix = f"blocks.{index}."
 
-    def linear(name: str) -> Linear:
-        return _linear(source, prefix + name, dtype)
+    def linear(*names: str) -> Linear:
+        return _linear(source, [prefix + name for name in names], dtype, fill)
 
-    def vector(name: str) -> Tensor:
-        return _tensor(source, prefix + name, dtype)
+    def vector(name: str, dtype: torch.dtype = dtype) -> Tensor:
+        return _tensor(source, prefix + name, dtype, fill)
+
+    def norm(name: str) -> tuple[Tensor, Tensor]:
+        weight, bias = (vector(f"{name}.{part}", torch.float32) for part in ("weight", "bias"))
+        return weight, bias
 
     image_kv, image_norm_k = None, None
     if spec.image_dim:
-        image_kv = stack([linear("cross_attn.k_img"), linear("cross_attn.v_img")])
+        image_kv = linear("cross_attn.k_img", "cross_attn.v_img")
         image_norm_k = vector("cross_attn.norm_k_img.weight")
     return BlockWeights(
-        modulation=_tensor(source, prefix + "modulation", torch.float32).squeeze(0),
-        qkv=stack([linear(f"self_attn.{part}") for part in "qkv"]),
+        modulation=vector("modulation", torch.float32).squeeze(0),
+        qkv=linear("self_attn.q", "self_attn.k", "self_attn.v"),
         norm_q=vector("self_attn.norm_q.weight"),
         norm_k=vector("self_attn.norm_k.weight"),
         out=linear("self_attn.o"),
-        cross_norm=_norm(source, prefix + "norm3") if spec.cross_norm else None,
+        cross_norm=norm("norm3") if spec.cross_norm else None,
         cross_q=linear("cross_attn.q"),
-        cross_kv=stack([linear("cross_attn.k"), linear("cross_attn.v")]),
+        cross_kv=linear("cross_attn.k", "cross_attn.v"),
         cross_norm_q=vector("cross_attn.norm_q.weight"),
         cross_norm_k=vector("cross_attn.norm_k.weight"),
         cross_out=linear("cross_attn.o"),
@@ -173,14 +191,23 @@ def load_block(
     )
 
 
-def _linear(source: WeightSource, name: str, dtype: torch.dtype) -> Linear:
-    """A layer: plain weights in `dtype`, quantised ones as they are stored."""
-    matrix = source.matrix(f"{name}.weight")
-    if isinstance(matrix, Tensor):
-        matrix = check_finite(source, f"{name}.weight", matrix.to(dtype))
-    elif matrix.scale is not None:
-        check_finite(source, f"{name}.weight", matrix.scale)
-    return Linear(matrix, _tensor(source, f"{name}.bias", dtype))
+def _linear(
+    source: WeightSource, names: Sequence[str], dtype: torch.dtype, fill: Fill = gather
+) -> Linear:
+    """Layers over one input as one: plain weights in `dtype`, quantised ones as they are stored."""
+    parts = [Linear(source.matrix(f"{n}.weight"), source.get(f"{n}.bias")) for n in names]
+    whole, start = stack(parts, dtype, fill), 0
+    for name, part in zip(names, parts, strict=True):
+        stop = start + sum(matrix.shape[0] for matrix in part.matrices)
+        made = whole.rows(start, stop)
+        for matrix in made.matrices:
+            values = matrix if isinstance(matrix, Tensor) else matrix.scale
+            if values is not None:
+                check_finite(source, f"{name}.weight", values)
+        assert made.bias is not None
+        check_finite(source, f"{name}.bias", made.bias)
+        start = stop
+    return whole
 
 
 def _norm(source: WeightSource, name: str) -> tuple[Tensor, Tensor]:
@@ -189,8 +216,8 @@ def _norm(source: WeightSource, name: str) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def _tensor(source: WeightSource, name: str, dtype: torch.dtype) -> Tensor:
-    return check_finite(source, name, source.get(name).to(dtype))
+def _tensor(source: WeightSource, name: str, dtype: torch.dtype, fill: Fill = gather) -> Tensor:
+    return check_finite(source, name, fill([source.get(name)], dtype))
 
 
 Weights = TypeVar("Weights")

@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..models import wan, wan_context, wan_weights
+from ..models.linear import Fill
 from ..models.lora import Lora
 from ..models.rope import rope_table
 from ..models.spec import LatentShape, NumericsProfile, TransformerSpec
@@ -32,7 +34,10 @@ from ..models.wan_weights import (
     tensors_of,
 )
 from ..models.weights import WeightSource
+from .arena import place_block
 from .lora_cache import LoraCache
+from .residency import Residency
+from .swap import BlockStream
 from .types import BlockRange
 
 logger = logging.getLogger(__name__)
@@ -75,7 +80,7 @@ class ForwardInput:
 
 
 class BlockRunner:
-    """Blocks of one transformer, resident on one device. Not thread-safe. Owned by a Worker."""
+    """Blocks of one transformer on one device. Not thread-safe. Owned by a Worker."""
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class BlockRunner:
         source: WeightSource,
         numerics: NumericsProfile,
         device: torch.device,
+        residency: Residency | None = None,
     ) -> None:
         """Keep the pieces; nothing is loaded yet.
 
@@ -91,6 +97,8 @@ class BlockRunner:
             source: weights under canonical names, already checked.
             numerics: the numerics profile of the jobs this runner serves.
             device: where to compute.
+            residency: the blocks that stay there, in memory of the device's own. None: all do, on a
+                CPU as views of their file where they need no conversion.
         """
         self.spec, self.numerics, self.device = spec, numerics, device
         self._source = source
@@ -104,9 +112,20 @@ class BlockRunner:
         self._contexts: OrderedDict[ContextKey, Context] = OrderedDict()
         self._key_values: dict[tuple[ContextKey, int], KeyValue] = {}
         self._ropes: dict[tuple[int, int, int], Tensor] = {}
+        dtype = self._dtype
+
+        def read(index: int, fill: Fill) -> BlockWeights:  # holds no runner: it goes to a thread
+            return wan_weights.load_block(spec, source, index, dtype, fill)
+
+        self._read, self.residency = read, residency
+        self._stream: BlockStream | None = None
+        if residency is not None:
+            self._stream = BlockStream(read, device, residency.ring_slots, residency.copy_gb_s)
 
     def load(self, blocks: BlockRange) -> float:
         """Bring a block range onto the device; what is there already is kept.
+
+        Of the blocks that only come by, the first are fetched behind the caller's back.
 
         Returns:
             Seconds it took.
@@ -119,14 +138,31 @@ class BlockRunner:
             self._enter = self._place(wan_weights.load_enter(self.spec, self._source, self._dtype))
         if blocks.is_last and self._leave is None:
             self._leave = self._place(wan_weights.load_leave(self._source, self._dtype))
-        for index in range(blocks.start, blocks.stop):
-            if index not in self._blocks:
+        self._load_blocks(blocks)
+        return time.perf_counter() - began
+
+    def _load_blocks(self, blocks: BlockRange) -> None:
+        staying = set(range(blocks.start, blocks.stop))
+        streamed: tuple[int, ...] = ()
+        if self.residency is not None:
+            streamed = self.residency.streamed(blocks.start, blocks.stop)
+            if self._stream is not None and self._stream.order != streamed:
+                self._stream.close()  # before others take its place
+            staying -= set(streamed)
+            kept = staying | self.residency.resident
+            self._blocks = {index: block for index, block in self._blocks.items() if index in kept}
+        for index in sorted(staying - self._blocks.keys()):
+            if self.residency is None:
                 block = wan_weights.load_block(self.spec, self._source, index, self._dtype)
                 self._blocks[index] = self._place(block)
-        return time.perf_counter() - began
+            else:
+                self._blocks[index] = place_block(self._read, index, self.device)
+        if self._stream is not None:
+            self._stream.open(streamed)
 
     def free(self) -> None:
         """Drop weights and caches; the next call loads what it needs."""
+        self._close_stream()
         self._blocks.clear()
         self._enter = self._leave = self._text = self._image = None
         self._loras.clear()
@@ -140,11 +176,12 @@ class BlockRunner:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights on the device, those of LoRAs included."""
+        """Bytes of the weights on the device, those of LoRAs and the slots of a ring included."""
         outer = [self._enter, self._leave, self._text, self._image]
         parts = [*outer, *self._blocks.values()]
         base = sum(t.numel() * t.element_size() for part in parts for t in tensors_of(part))
-        return base + self._loras.num_bytes
+        ring = self._stream.num_bytes if self._stream is not None else 0
+        return base + ring + self._loras.num_bytes
 
     @property
     def cache_bytes(self) -> int:
@@ -174,6 +211,19 @@ class BlockRunner:
             WeightError: if a LoRA is none for this transformer, or has values that are not finite.
         """
         self.load(blocks)
+        try:
+            return self._run(blocks, forwards, before_block, loras)
+        except BaseException:  # whatever it is: blocks that nobody waits for must not come on
+            self._close_stream()
+            raise
+
+    def _run(
+        self,
+        blocks: BlockRange,
+        forwards: Sequence[ForwardInput],
+        before_block: Callable[[int], None],
+        loras: Sequence[Lora],
+    ) -> list[Tensor | wan.Hidden]:
         lora_key = self._loras.use(loras)
         if lora_key:  # what is kept of a prompt or an image depends on the LoRAs
             forwards = [
@@ -183,17 +233,32 @@ class BlockRunner:
         hidden = [self._start(blocks, forward) for forward in forwards]
         for index in range(blocks.start, blocks.stop):
             before_block(index)
-            block = self._loras.apply(f"blocks.{index}", self._blocks[index])
-            for forward, state in zip(forwards, hidden, strict=True):
-                text, image = self._attended(forward, index, block, state.x.shape[0])
-                rope = self._rope(forward.shape)
-                wan.run_block(self.spec, block, state, rope, text, self.numerics, image)
+            with self._block(index) as block:
+                for forward, state in zip(forwards, hidden, strict=True):
+                    text, image = self._attended(forward, index, block, state.x.shape[0])
+                    rope = self._rope(forward.shape)
+                    wan.run_block(self.spec, block, state, rope, text, self.numerics, image)
         if not blocks.is_last:
             return list(hidden)
         assert self._leave is not None
         end = self._loras.apply("leave", self._leave)
         pairs = zip(forwards, hidden, strict=True)
         return [wan.leave(self.spec, end, h, f.shape, self.numerics) for f, h in pairs]
+
+    @contextmanager
+    def _block(self, index: int) -> Iterator[BlockWeights]:
+        """A block with the LoRAs in use, while its turn lasts."""
+        part = f"blocks.{index}"
+        if index in self._blocks:
+            yield self._loras.apply(part, self._blocks[index])
+        else:
+            assert self._stream is not None
+            with self._stream.use(index) as weights:
+                yield self._loras.apply(part, weights, keep=False)
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
 
     def _start(self, blocks: BlockRange, forward: ForwardInput) -> wan.Hidden:
         if not blocks.is_first:

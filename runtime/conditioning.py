@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.wan_vae import WanVae
+from .vae_stream import VaeStream
 
 
 def fit_image(pixels: Tensor, width: int, height: int) -> Tensor:
@@ -44,12 +45,14 @@ def unit_image(pixels: Tensor) -> Tensor:
     return (pixels.to(torch.float32) / 255.0).permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
-def first_latent(vae: WanVae, first: Tensor) -> Tensor:
+def first_latent(vae: WanVae, first: Tensor, tile: int = 0) -> Tensor:
     """The latent frame of an image: (1, 3, H, W) in [-1, 1] to (1, z, 1, h, w) float32."""
-    return vae.encode(first.unsqueeze(2))[0]
+    return _encoder(vae, first, tile).encode(first.unsqueeze(2))
 
 
-def image_condition(vae: WanVae, first: Tensor, last: Tensor | None, num_frames: int) -> Tensor:
+def image_condition(
+    vae: WanVae, first: Tensor, last: Tensor | None, num_frames: int, tile: int = 0
+) -> Tensor:
     """The channels beside the noise: which pixel frames are given, and the latents of the video.
 
     The video is the image and then mid-grey (0), with the last image, if any, as its last frame. It
@@ -60,6 +63,7 @@ def image_condition(vae: WanVae, first: Tensor, last: Tensor | None, num_frames:
         first: (1, 3, H, W) in [-1, 1].
         last: likewise, or None.
         num_frames: pixel frames of the video, 4n+1; at least 5 with a last image.
+        tile: the most pixels that a tile of the VAE may be wide or high; 0 encodes frames whole.
 
     Returns:
         (1, 4 + z, n + 1, h, w) float32: 4 channels of mask, one for each pixel frame that a latent
@@ -72,17 +76,22 @@ def image_condition(vae: WanVae, first: Tensor, last: Tensor | None, num_frames:
     spec = vae.spec
     num_latents = spec.num_latent_frames(num_frames)
     assert last is None or num_latents > 1, "no frame is left for the last image"
-    latents, state = vae.encode(first.unsqueeze(2))
-    pieces = [latents]
+    encoder = _encoder(vae, first, tile)
+    pieces = [encoder.encode(first.unsqueeze(2))]
     group = first.new_zeros(1, 3, spec.temporal_factor, *first.shape[2:])
     for index in range(1, num_latents):
         if last is not None and index == num_latents - 1:
             group[:, :, -1] = last
-        latents, state = vae.encode(group, state)
-        pieces.append(latents)
+        pieces.append(encoder.encode(group))
     condition = torch.cat(pieces, dim=2)
     mask = condition.new_zeros(1, spec.temporal_factor, *condition.shape[2:])
     mask[:, :, 0] = 1
     if last is not None:
         mask[:, -1, -1] = 1
     return torch.cat([mask, condition], dim=1)
+
+
+def _encoder(vae: WanVae, image: Tensor, tile: int) -> VaeStream:
+    """A stream for a video of the size of an image."""
+    rows, columns = (side // vae.spec.spatial_factor for side in image.shape[2:])
+    return VaeStream(vae, rows, columns, tile)

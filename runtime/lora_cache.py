@@ -65,22 +65,26 @@ class LoraCache:
         parts = "".join(f"{lora.file.digest}:{lora.strength!r};" for lora in active)
         return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
-    def apply(self, part: str, weights: Weights) -> Weights:
+    def apply(self, part: str, weights: Weights, keep: bool = True) -> Weights:
         """A record of weights with the LoRAs in use: itself where they leave it alone.
 
         Args:
             part: as in `load_change`.
             weights: the record, on the device.
+            keep: False for a record that leaves the device after use: so do its factors.
         Raises:
             WeightError: if a LoRA has values that are not finite.
         """
         changes = []
         for lora in self._active:
             held = self._held[lora.file.digest]
-            if part not in held.changes:
+            change = held.changes.get(part)
+            if change is None:
                 loaded = load_change(lora.file, held.report, part, weights)
-                held.changes[part] = map_tensors(loaded, lambda tensor: tensor.to(self._device))
-            changes.append((held.changes[part], lora.strength))
+                change = map_tensors(loaded, lambda tensor: tensor.to(self._device))
+                if keep:
+                    held.changes[part] = change
+            changes.append((change, lora.strength))
         return with_changes(weights, changes)
 
     @property

@@ -22,12 +22,14 @@ from ..models.lora import Lora, LoraFile, open_lora
 from ..models.parts import Parts
 from ..models.text import TextEncoder
 from ..models.wan import Hidden
-from ..models.wan_vae import VaeState, WanVae, load_vae
+from ..models.wan_vae import WanVae, load_vae
 from .block_runner import BlockRunner, ForwardInput
 from .conditioning import first_latent, fit_image, image_condition, unit_image
 from .device import Card, torch_device
+from .residency import Residency
 from .results import key_of
 from .types import BlockCall, BlockRange, DecodeCall, ImageCall, ModelRef
+from .vae_stream import VaeStream
 from .video import to_uint8
 from .wire import Packet, pack, unpack
 
@@ -50,7 +52,7 @@ class CardStages:
         self._text: dict[str, TextEncoder] = {}
         self._image_encoders: dict[str, ImageEncoder] = {}
         self._vaes: dict[tuple[str, str], WanVae] = {}
-        self._streams: OrderedDict[str, tuple[int, VaeState]] = OrderedDict()
+        self._streams: OrderedDict[str, tuple[int, VaeStream]] = OrderedDict()
 
     def files(self, model: ModelRef) -> ModelFiles:
         """The opened model.
@@ -71,9 +73,15 @@ class CardStages:
             )
         return files
 
-    def load_blocks(self, model: ModelRef, blocks: BlockRange, expert: int = 0) -> float:
-        """Bring a block range of an expert onto the card; returns seconds."""
-        return self._runner(model, expert).load(blocks)
+    def load_blocks(
+        self,
+        model: ModelRef,
+        blocks: BlockRange,
+        expert: int = 0,
+        residency: Residency | None = None,
+    ) -> float:
+        """Bring a block range of an expert onto the card, or what stays of it; returns seconds."""
+        return self._runner(model, expert, residency).load(blocks)
 
     def encode_text(self, model: ModelRef, prompt: str) -> Packet:
         """Encode a prompt: a packet with `prompt_embeds` (512, text_dim) float32.
@@ -102,10 +110,11 @@ class CardStages:
         }
         vae = self._vae(call.model)
         if spec.image == "concat":
-            condition = image_condition(vae, fitted["first"], fitted.get("last"), call.frames)
+            last = fitted.get("last")
+            condition = image_condition(vae, fitted["first"], last, call.frames, call.tile)
             made = {"condition": condition}
         else:
-            made = {"latent": first_latent(vae, fitted["first"])}
+            made = {"latent": first_latent(vae, fitted["first"], call.tile)}
         if spec.image_encoder is not None:
             encoder = self._image_encoder(call.model)
             features = [encoder.encode(unit_image(image)) for image in pixels.values()]
@@ -145,7 +154,7 @@ class CardStages:
                     fps=call.fps,
                 )
             )
-        runner = self._runner(call.model, call.expert)
+        runner = self._runner(call.model, call.expert, call.residency)
         results = runner.run(call.blocks, forwards, before_block, self._loras_of(call))
         named: dict[str, Tensor] = {}
         for branch, result in zip(call.branches, results, strict=True):
@@ -158,19 +167,20 @@ class CardStages:
     @torch.inference_mode()
     def decode(self, call: DecodeCall, latents: Packet) -> Packet:
         """Decode latent frames [start, stop): a packet with `frames` (n, H, W, 3) uint8."""
-        whole = unpack(latents)[0]["latents"].to(self.device)
-        vae = self._vae(call.model)
-        done, state = self._streams.pop(call.stream, (-1, None))
-        if done != call.start:
-            state = None
+        whole, vae = unpack(latents)[0]["latents"], self._vae(call.model)
+        done, stream = self._streams.pop(call.stream, (-1, None))
+        if stream is None or (done, stream.tile) != (call.start, call.tile):
+            stream = None  # frees its caches before others are made
+            height, width = whole.shape[3:]
+            stream = VaeStream(vae, height, width, call.tile)
             first = max(0, call.start - WARM_UP_LATENTS)
-            if first < call.start:
-                _, state = vae.decode(whole[:, :, first : call.start])
-        frames, state = vae.decode(whole[:, :, call.start : call.stop], state)
-        self._streams[call.stream] = (call.stop, state)
+            for _ in stream.decode(whole[:, :, first : call.start]):
+                pass  # pixels that another call has given, or that are not right yet
+        frames = [to_uint8(part) for part in stream.decode(whole[:, :, call.start : call.stop])]
+        self._streams[call.stream] = (call.stop, stream)
         while len(self._streams) > MAX_STREAMS:
             self._streams.popitem(last=False)
-        return pack({"frames": to_uint8(frames).cpu()})
+        return pack({"frames": torch.cat(frames)})
 
     def end_stream(self, stream: str) -> None:
         """Drop a decode's feature cache."""
@@ -190,7 +200,7 @@ class CardStages:
             torch.cuda.empty_cache()
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes held by each kind of thing."""
+        """Bytes held on the card by each kind of thing."""
         runners, vaes = self._runners.values(), self._vaes.values()
         vae_weights = [p for vae in vaes for p in vae.parameters()]
         return {
@@ -199,12 +209,19 @@ class CardStages:
             "text_encoder": sum(text.num_bytes for text in self._text.values()),
             "image_encoder": sum(image.num_bytes for image in self._image_encoders.values()),
             "vae": sum(p.numel() * p.element_size() for p in vae_weights),
-            "vae_streams": sum(state.num_bytes for _, state in self._streams.values()),
+            "vae_streams": sum(stream.card_bytes for _, stream in self._streams.values()),
         }
 
-    def _runner(self, model: ModelRef, expert: int) -> BlockRunner:
+    def parked_bytes(self) -> int:
+        """Bytes of tiles' caches that wait in the host's memory."""
+        streams = (stream for _, stream in self._streams.values())
+        return sum(stream.num_bytes - stream.card_bytes for stream in streams)
+
+    def _runner(self, model: ModelRef, expert: int, residency: Residency | None) -> BlockRunner:
         """The runner of an expert; the other one's weights leave if both would not fit."""
         key = (model, expert)
+        if key in self._runners and self._runners[key].residency != residency:
+            self._runners.pop(key).free()  # another job's plan
         if key not in self._runners:
             files = self.files(model)
             self._runners[key] = BlockRunner(
@@ -212,6 +229,7 @@ class CardStages:
                 files.transformers[expert],
                 model.numerics,
                 self.device,
+                residency,
             )
         runner, other = self._runners[key], self._runners.get((model, 1 - expert))
         if other is not None and runner.weight_bytes == 0:

@@ -9,6 +9,7 @@ and converted here: FFmpeg's own conversion is off by up to 39 on sharp colours.
 from __future__ import annotations
 
 import io
+import os
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 2**26  # 8192 x 8192, 192 MiB of RGB
 _FORMATS = {b"\x89PNG": "png_pipe", b"\xff\xd8\xff": "jpeg_pipe", b"RIFF": "webp_pipe"}
+_ANIMATED = 0x02  # in the flags of a WebP's VP8X chunk (RFC 9649, 2.7)
 _STRIP = 64  # rows converted at a time, so that float32 pixels never fill memory
 _ADVICE = "give a PNG, JPEG or WebP image"
 
@@ -36,17 +38,21 @@ def read_still(path: Path) -> np.ndarray:
 
     Raises:
         ConfigError: if the file is missing, damaged, too large, or of another kind; `where` is the
-            path.
+            path. Of an animated WebP: FFmpeg does not decode it.
     """
     data = _read(path)
     name = next((name for magic, name in _FORMATS.items() if data.startswith(magic)), None)
     if name is None or (name == "webp_pipe" and data[8:12] != b"WEBP"):
         raise ConfigError(str(path), "is no image that can be read", _ADVICE)
+    if data[12:16] == b"VP8X" and data[20:21] and data[20] & _ANIMATED:
+        raise ConfigError(str(path), "is an animated WebP", f"{_ADVICE} that stands still")
     pixels = _rgb(_decode(path, data, name))
     return _upright(pixels, _orientation(data) if name == "jpeg_pipe" else 1)
 
 
 def _read(path: Path) -> bytes:
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ConfigError(str(path), "is a pipe or a device", "give an image file")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)

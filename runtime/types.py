@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..models.spec import LatentShape, NumericsProfile
+from .residency import Residency
 
 Branch = Literal["cond", "uncond"]
 
@@ -94,6 +95,7 @@ class BlockCall:
 
     expert: 0 the high-noise (or only) transformer, 1 the low-noise one.
     fps: frames per second of the video, for models that are told.
+    residency: the blocks that stay on the card; None: all of the range.
     """
 
     model: ModelRef
@@ -106,6 +108,7 @@ class BlockCall:
     loras: tuple[LoraRef, ...] = ()
     has_image: bool = False
     fps: float | None = None
+    residency: Residency | None = None
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,14 @@ class ImageCall:
     latent frame; and `image_embeds` where it has an image encoder.
 
     width, height, frames: of the video, in pixels and pixel frames.
+    tile: the most pixels that a tile of the VAE may be wide or high; 0 encodes frames whole.
     """
 
     model: ModelRef
     width: int
     height: int
     frames: int
+    tile: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,12 @@ class DecodeCall:
 
     With it travels the packet of the whole latents. `stream` names the decode: a worker keeps the
     stream's feature cache for the next call, and makes it anew if it has none.
+
+    tile: the most pixels that a tile may be wide or high; 0 decodes frames whole.
     """
 
     model: ModelRef
     stream: str
     start: int
     stop: int
+    tile: int = 0

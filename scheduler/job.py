@@ -62,6 +62,7 @@ class Settings:
 
     guidance_low: of the low-noise expert; the same as `guidance` for a model of one.
     dtype: "float32", "bfloat16", "float16", or "auto" for what suits the cards. Paths are absolute.
+    memory_state: "" for what the cards' memory says. reserve: bytes; None for the usual.
     """
 
     id: str
@@ -88,6 +89,8 @@ class Settings:
     last_image: Path | None = None
     parts: Parts = ()
     loras: tuple[LoraRef, ...] = ()
+    memory_state: str = ""
+    reserve: int | None = None
 
     def as_json(self) -> dict[str, object]:
         """The settings as a JSON object, paths as text."""
@@ -289,6 +292,8 @@ def resolve(
         last_image=job.last_image.absolute() if job.last_image else None,
         parts=part_files(job),
         loras=lora_refs(job, spec, where),
+        memory_state=job.memory_state or "",
+        reserve=job.reserve,
     )
 
 

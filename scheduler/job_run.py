@@ -208,7 +208,8 @@ class _Job:
         worker, job = self._plan.stage_worker("encode_image"), self._settings
         self._emit(StageStarted(self._id, "encode_image", (worker,)))
         images = self._pool.put(self._context.image_packet())
-        call = ImageCall(self._model, job.width, job.height, job.frames)
+        tile = self._plan.vae_tile(worker)
+        call = ImageCall(self._model, job.width, job.height, job.frames, tile)
         return self._submit(worker, "encode_image", call, images)
 
     def _begin_load(self, expert: int) -> list[Ref]:
@@ -218,7 +219,9 @@ class _Job:
         calls = [call for call in self._plan.calls if has_uncond or "cond" in call.branches]
         ranges = dict.fromkeys((call.worker, call.blocks) for call in calls)
         return [
-            self._submit(name, "load_blocks", self._model, blocks, expert)
+            self._submit(
+                name, "load_blocks", self._model, blocks, expert, self._plan.residency(name)
+            )
             for name, blocks in ranges
         ]
 
@@ -301,6 +304,7 @@ class _Job:
             loras=self._settings.loras,
             has_image=spec.image == "concat" and takes_image,
             fps=self._settings.fps if spec.transformer.fps_embedding else None,
+            residency=self._plan.residency(planned.worker),
         )
 
     def _decode(self, latents: Tensor) -> Generator[list[Ref], list[object], None]:
@@ -312,8 +316,9 @@ class _Job:
         whole = self._pool.put(pack({"latents": latents}))
         stream = f"{settings.run_dir.name}/{self._id}"
         starts = range(0, total, DECODE_LATENTS)
+        tile = self._plan.vae_tile(worker)
         calls = [
-            DecodeCall(self._model, stream, first, min(first + DECODE_LATENTS, total))
+            DecodeCall(self._model, stream, first, min(first + DECODE_LATENTS, total), tile)
             for first in starts
         ]
         comment = {"reelpool": json.dumps(settings.as_json())}

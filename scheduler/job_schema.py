@@ -7,7 +7,6 @@ and torch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,6 +24,17 @@ from pydantic import (
 )
 
 from reelpool.errors import ConfigError
+
+from ..runtime.memory import MemoryState
+from .job_values import (
+    listed,
+    read_bytes,
+    say_something,
+    split_guidance,
+    split_lora,
+    split_size,
+    without_nul,
+)
 
 # Equal to runtime.solver.SOLVERS and models.attention.PACKAGES, which import torch (a test checks).
 SolverName = Literal["unipc", "euler", "dpmpp", "lcm"]
@@ -55,68 +65,28 @@ _OTHER_NAMES = {
 _OTHER_VALUES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
-def _split_size(value: object) -> object:
-    """Turn "832x480" into (832, 480); anything else goes on unchanged."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX]\s*(\d{1,6})\s*", value)
-    return (int(match[1]), int(match[2])) if match else value
-
-
-def _split_guidance(value: object) -> object:
-    """Turn "4,3" into (4.0, 3.0) and "4" into 4.0; anything else goes on unchanged."""
-    if not isinstance(value, str):
-        return value
-    try:
-        numbers = tuple(float(part) for part in value.split(","))
-    except ValueError:
-        return value
-    return numbers if len(numbers) > 1 else numbers[0]
-
-
-def _split_lora(value: object) -> object:
-    """Turn "a.safetensors:0.8,0.5" into its parts; a name whose end is no number is a file's."""
-    if not isinstance(value, str):
-        return value
-    number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
-    match = re.fullmatch(rf"(.+):({number})(?:,({number}))?", value.strip())
-    if match is None:
-        return {"file": value}
-    low = {"low": float(match[3])} if match[3] else {}
-    return {"file": match[1], "strength": float(match[2]), **low}
-
-
-def _listed(value: object) -> object:
-    return value if value is None or isinstance(value, list | tuple) else [value]
-
-
-def _say_something(text: str) -> str:
-    if not text.strip():
-        raise ValueError("empty")
-    return text
-
-
-def _without_nul(path: Path) -> Path:
-    if "\0" in str(path):
-        raise ValueError("no path")
-    return path.expanduser()
-
-
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Whole = Annotated[int, Strict()]  # else `true` would count as 1
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-File = Annotated[Path, AfterValidator(_without_nul)]
+File = Annotated[Path, AfterValidator(without_nul)]
 Side = Annotated[int, Strict(), Field(ge=1, le=MAX_SIDE)]
 Size = Annotated[
     tuple[Side, Side],
-    BeforeValidator(_split_size),
+    BeforeValidator(split_size),
     WithJsonSchema({"type": "string", "format": "size"}),
 ]
 Scale = Annotated[float, Strict(), Field(ge=0, le=100, allow_inf_nan=False)]
 Guidance = Annotated[
     Scale | tuple[Scale, Scale],
-    BeforeValidator(_split_guidance),
+    BeforeValidator(split_guidance),
     WithJsonSchema({"type": "number", "format": "guidance", "minimum": 0, "maximum": 100}),
+]
+Bytes = Annotated[
+    int,
+    BeforeValidator(read_bytes),
+    Strict(),
+    Field(ge=0, le=2**50),
+    WithJsonSchema({"type": "string", "format": "bytes"}),
 ]
 Strength = Annotated[float, Strict(), Field(ge=-100, le=100, allow_inf_nan=False)]
 
@@ -132,8 +102,8 @@ class LoraEntry(BaseModel):
 
 
 Loras = Annotated[
-    tuple[Annotated[LoraEntry, BeforeValidator(_split_lora)], ...],
-    BeforeValidator(_listed),
+    tuple[Annotated[LoraEntry, BeforeValidator(split_lora)], ...],
+    BeforeValidator(listed),
     WithJsonSchema({"type": "array", "format": "loras"}),
 ]
 
@@ -155,7 +125,7 @@ class Job(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: Annotated[Text, AfterValidator(_say_something)] = _field(
+    prompt: Annotated[Text, AfterValidator(say_something)] = _field(
         "What the video shows.",
         "a red ring bounces over a gray striped background",
         ...,
@@ -241,6 +211,18 @@ class Job(BaseModel):
         "sdpa",
         "`sdpa`",
     )
+    memory_state: MemoryState | None = _field(
+        "How cards use their memory: `high` keeps everything on the card, `normal` as many blocks"
+        " as fit, `low` at most half a card of them, `none` the least possible, `shared` leaves a"
+        " quarter to the system, `disabled` checks nothing.",
+        "normal",
+        absent="what the cards' memory says",
+    )
+    reserve: Bytes | None = _field(
+        "Memory of every card that is left to other programs.",
+        "1GiB",
+        absent="512 MiB of a GPU, nothing of a CPU card",
+    )
     save_latents: File | None = _field(
         "Also writes the finished latents to this `*.safetensors` file: one tensor, `latents`,"
         " float32, (1, C, F, h, w).",
@@ -312,6 +294,8 @@ def expected(name: str) -> str:
         if "exclusiveMinimum" in schema:
             return f"{noun} above {schema['exclusiveMinimum']}, at most {schema['maximum']}"
         return f"{noun} from {schema['minimum']} to {schema['maximum']}"
+    if schema.get("format") == "bytes":
+        return "a size such as 512MiB or 2GiB"
     if schema.get("format") == "size":
         return "WIDTHxHEIGHT in pixels, such as 832x480"
     if schema.get("format") == "path":
@@ -351,7 +335,7 @@ def _nearest_key(name: str) -> str:
 def _advice(name: str, value: object) -> str:
     schema = field_schema(name)
     if schema.get("format") == "guidance":
-        value = _split_guidance(value)
+        value = split_guidance(value)
     if isinstance(value, str) and "enum" in schema:
         simple = _OTHER_VALUES.get(value.lower(), value.lower())
         near = get_close_matches(simple, schema["enum"], 1)

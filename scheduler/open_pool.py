@@ -51,7 +51,15 @@ def open_pool(text: str, emit: Emit) -> WorkerPool:
 
 def pool_card(worker: str, host: str, card: Card) -> PoolCard:
     """A card as the planner sees it."""
-    return PoolCard(worker, host, card.memory_bytes, card.dtypes, default_dtype(card))
+    return PoolCard(
+        worker,
+        host,
+        card.memory_bytes,
+        card.dtypes,
+        default_dtype(card),
+        is_cpu=not card.is_cuda,
+        host_ram_bytes=detect_host().ram_bytes,
+    )
 
 
 def _cards(spec: PoolSpec) -> tuple[Card, ...]:

@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from ..models.spec import NumericsProfile
+from ..runtime.memory import MemoryPlan
+from ..runtime.residency import Residency
 from ..runtime.types import BlockRange, Branch
 
 
@@ -46,6 +48,7 @@ class JobPlan:
     stages: stage name -> worker, for encode_text, encode_image (where the job has an image) and
         decode.
     expert_steps: steps that each of the model's transformers takes, the high-noise one first.
+    memory: worker -> what its card keeps, streams and cuts.
     """
 
     job: str
@@ -55,10 +58,23 @@ class JobPlan:
     calls: tuple[PlannedCall, ...]
     stages: tuple[tuple[str, str], ...]
     expert_steps: tuple[int, ...]
+    memory: tuple[tuple[str, MemoryPlan], ...] = ()
 
     def stage_worker(self, stage: str) -> str:
         """The worker of a stage."""
         return dict(self.stages)[stage]
+
+    def residency(self, worker: str) -> Residency | None:
+        """The blocks that stay on a worker's card; None where all do."""
+        memory = dict(self.memory).get(worker)
+        if memory is None or not memory.ring_slots:
+            return None
+        return Residency(frozenset(memory.resident_blocks), memory.ring_slots)
+
+    def vae_tile(self, worker: str) -> int:
+        """Pixels of a tile of the VAE on a worker's card; 0 for whole frames."""
+        memory = dict(self.memory).get(worker)
+        return memory.vae_tile if memory else 0
 
     def expert_of(self, step: int) -> int:
         """Which expert takes a step: 0 the high-noise (or only) one, 1 the low-noise one."""
@@ -116,6 +132,8 @@ class Plan:
                 f"  numerics     {numerics.dtype}, attention {numerics.attention}, "
                 f"VAE {numerics.vae_dtype}"
             )
+            for worker, memory in job.memory:
+                lines += memory.explain(worker)
         lines += [f"  not {other.strategy}: {other.reason}" for other in self.alternatives]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 

@@ -7,8 +7,9 @@ per byte where guidance needs two forwards: 8.4 MB a step for 832x480x81, 1.995x
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from reelpool.errors import PlanError
+from reelpool.errors import InfeasiblePlan, PlanError
 
 from ..models.spec import ModelSpec, NumericsProfile
 from ..runtime.schedule import Schedule, expert_steps, make_schedule
@@ -16,6 +17,7 @@ from ..runtime.types import BlockRange, Branch
 from .cards import PoolCard
 from .job import Settings
 from .plan import Alternative, Hop, JobPlan, Plan, Route, group_calls
+from .plan_memory import with_memory
 
 
 def make_plan(
@@ -29,6 +31,7 @@ def make_plan(
         cards: the pool's workers, the best first.
     Raises:
         PlanError: if there is no card, or one cannot compute in the wanted type.
+        InfeasiblePlan: if a job's memory does not fit.
     """
     if not cards:
         raise PlanError("the pool has no card; start it with --pool local:1 or add a machine")
@@ -36,7 +39,7 @@ def make_plan(
     for index, (job, spec) in enumerate(zip(jobs, specs, strict=True)):
         # several jobs: begin on different cards, so that single-card stages spread
         turned = [*cards[index % len(cards) :], *cards[: index % len(cards)]]
-        plan, alternatives = _plan_job(job, spec, turned)
+        plan, alternatives = _fitting_plan(job, spec, turned)
         plans.append(plan)
         others += alternatives
         unused = len(cards) - len(plan.workers)
@@ -55,6 +58,24 @@ def job_schedule(job: Settings) -> Schedule:
     if job.solver == "lcm":
         sigmas = [1 - index / job.steps for index in range(job.steps)]
     return make_schedule(job.solver, job.steps, job.shift, sigmas)
+
+
+def _fitting_plan(
+    job: Settings, spec: ModelSpec, cards: Sequence[PoolCard]
+) -> tuple[JobPlan, list[Alternative]]:
+    """The plan of a job with its memory; where a smaller card fails, the largest does it alone."""
+    plan, others = _plan_job(job, spec, cards)
+    try:
+        return with_memory(plan, job, spec, cards), others
+    except InfeasiblePlan as error:
+        largest = max(cards, key=lambda card: card.memory_bytes)
+        if all(card.memory_bytes == largest.memory_bytes for card in cards):
+            raise
+        strategy, reason = plan.strategy, str(error)
+    alone, others = _plan_job(job, spec, [largest])
+    # numerics as for the whole pool, so that the result does not depend on who fell out
+    alone = replace(alone, numerics=plan.numerics)
+    return with_memory(alone, job, spec, [largest]), [Alternative(strategy, reason), *others]
 
 
 def _plan_job(

@@ -20,6 +20,7 @@ from reelpool.errors import Cancelled
 
 from ..runtime import log
 from ..runtime.device import Card, limit_process_memory
+from ..runtime.residency import Residency
 from ..runtime.stages import CardStages, memory_error
 from ..runtime.types import BlockCall, BlockRange, DecodeCall, ImageCall, ModelRef
 from ..runtime.wire import Packet
@@ -56,10 +57,16 @@ class Worker:
         """Answer once the worker is up: its process id."""
         return os.getpid()
 
-    def load_blocks(self, model: ModelRef, blocks: BlockRange, expert: int = 0) -> dict[str, float]:
+    def load_blocks(
+        self,
+        model: ModelRef,
+        blocks: BlockRange,
+        expert: int = 0,
+        residency: Residency | None = None,
+    ) -> dict[str, float]:
         """Load a block range of an expert: seconds it took and bytes now held."""
         with self._doing("load", 0, f"load of blocks {blocks}"):
-            seconds = self._stages.load_blocks(model, blocks, expert)
+            seconds = self._stages.load_blocks(model, blocks, expert, residency)
             return {"seconds": seconds, "bytes": float(sum(self._stages.held_bytes().values()))}
 
     def encode_text(self, model: ModelRef, prompt: str) -> Packet:

@@ -35,10 +35,13 @@ PURE = (
     *(f"scheduler.{name}" for name in ("cards", "events", "pool_spec", "ray_environment")),
     *(f"models.{name}" for name in ("spec", "registry", "jsonfile", "vae_config", "parts")),
     *(f"models.{name}" for name in ("finder", "search_folders", "catalogue", "companions")),
+    "models.vae_tiles",
     *(f"models.{name}" for name in ("experts", "presets", "defaults", "quant_mix", "assembly")),
     "scheduler.job_schema",
     "scheduler.job_inputs",
-    *(f"runtime.{name}" for name in ("memory", "types", "schedule", "still")),
+    *(f"scheduler.{name}" for name in ("plan_memory", "job_values")),
+    *(f"runtime.{name}" for name in ("memory", "types", "schedule", "still", "card_bytes")),
+    *(f"runtime.{name}" for name in ("vae_bytes", "residency")),
 )
 
 

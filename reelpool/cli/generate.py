@@ -91,6 +91,20 @@ Dtype = Annotated[
 Attention = Annotated[
     str, typer.Option(metavar="NAME", help="Attention back end: sdpa, flash, sage or xformers.")
 ]
+MemoryStateName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How cards use their memory: disabled, none, low, normal, high or shared.",
+        show_default="what the cards' memory says",
+    ),
+]
+Reserve = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Memory of every card left to other programs, such as 512MiB."
+    ),
+]
 SaveLatents = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also write the latents (*.safetensors).")
 ]
@@ -140,6 +154,8 @@ def _job_options(
     low_noise: LowNoise = None,
     dtype: Dtype = None,
     attention: Attention = "sdpa",
+    memory_state: MemoryStateName = None,
+    reserve: Reserve = None,
     save_latents: SaveLatents = None,
     run_dir: RunDir = None,
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reelpool.cli.generate import Json, Verbose
+from reelpool.cli.output import printable
 
 if TYPE_CHECKING:
     from reelpool.models.listing import ListedModel, Listing
@@ -102,7 +103,8 @@ def _lines(listing: Listing, places: list[str]) -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines, columns aligned."""
+    """Rows as lines, columns aligned; names of files may hold anything."""
+    rows = [tuple(printable(cell.replace("\n", "\\n")) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

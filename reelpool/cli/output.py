@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
+# what moves a terminal's cursor or turns its text, and bytes of names that are no text
+_UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 QUIET_S = 10.0  # a plain line about a slow stage at least this often
 STEP_LINES = 10  # and about this many lines for all steps
 
@@ -133,7 +136,8 @@ class JsonOutput(Output):
     def _write(self, content: Mapping[str, object]) -> None:
         # `event` first, for the eye
         ordered = {"event": content["event"], **content}
-        print(json.dumps(ordered, ensure_ascii=False), file=self._stream, flush=True)
+        text = printable(json.dumps(ordered, ensure_ascii=False))
+        print(text, file=self._stream, flush=True)
 
 
 class PlainOutput(Output):
@@ -223,6 +227,9 @@ class PlainOutput(Output):
         _print_error(message, self._advice)
 
     def _line(self, text: str) -> None:
+        self._print(printable(text))
+
+    def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
     def _job(self, job: str) -> str:
@@ -291,14 +298,14 @@ class LiveOutput(PlainOutput):
         self.__exit__(None, None, None)
         super().finish(jobs)
 
-    def _line(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self._progress:
             # no markup: a prompt may hold [brackets]
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self._given:
             self._given.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            super()._line(text)
+            super()._print(text)
 
     def _bars(self) -> Progress:
         if self._progress is None:
@@ -343,6 +350,18 @@ class LiveOutput(PlainOutput):
             self._bars().remove_task(self._tasks.pop(key))
 
 
+def printable(text: str) -> str:
+    r"""A text with control characters and undecoded bytes of file names as JSON writes them.
+
+    New lines stay. Inside of JSON the result means the same.
+
+    Examples:
+        >>> print(printable("wan\x1b[2J.gguf"))
+        wan\u001b[2J.gguf
+    """
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def summary(job: JobFinished) -> list[str]:
     """Where a job's time went, and where its video is."""
     spent = ", ".join(f"{name} {format_seconds(s)}" for name, s in job.stage_seconds.items())
@@ -371,6 +390,6 @@ def _job_line(event: JobStarted) -> str:
 
 
 def _print_error(message: str, advice: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(printable(f"error: {' '.join(message.split())}"), file=sys.stderr)
     if advice:
-        print(f"try: {advice}", file=sys.stderr)
+        print(printable(f"try: {advice}"), file=sys.stderr)

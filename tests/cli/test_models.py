@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -178,6 +179,21 @@ def test_an_empty_disk_says_what_to_do(capfd):
     out = run(capfd)
     assert "no models found" in out
     assert "REELPOOL_MODELS" in out
+
+
+def test_names_of_any_bytes_are_listed(tmp_path, monkeypatch, capfd):
+    """Bytes that are no text, new lines and what would turn a terminal's colours."""
+    name = os.fsdecode(b"wan\xff\x1b[31m\n.gguf")
+    path = trees.transformer(tmp_path / "odd" / name, SMALL)
+    monkeypatch.setenv("REELPOOL_MODELS", str(path.parent))
+    text = run(capfd, "--json")
+    assert text.rstrip("\n").isprintable()
+    (row,) = json.loads(text)["models"]
+    assert (row["name"], row["transformers"]) == (name, [str(path)])
+    lines = run(capfd)
+    assert lines.startswith(r"wan\udcff\u001b[31m\n.gguf  t2v")
+    assert all(line.isprintable() for line in lines.split("\n"))
+    assert run(capfd, str(path)).replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize(

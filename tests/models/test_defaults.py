@@ -74,6 +74,42 @@ def test_a_distilled_model_takes_four_steps_and_no_guidance(name, steps):
     assert (made.steps, made.guidance) == (steps, 1.0 if steps == 4 else 5.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("backup_20250720/wan2.1_i2v_480p_14B.safetensors", 832),
+        ("backup_20250720/wan2.1_i2v_14B.safetensors", 832),
+        ("b720e/wan2.1_i2v_14B.safetensors", 832),
+        ("720p/wan2.1_i2v_480p_14B.safetensors", 832),
+        ("480p/wan2.1_i2v_720p_14B.safetensors", 1280),
+        ("Wan2.1-I2V-14B-720P/diffusion_pytorch_model.safetensors", 1280),
+        ("wan2.1_i2v_14B_1280x720.gguf", 1280),
+        ("Wan2.1-I2V720p.gguf", 1280),
+        ("wan2.1_i2v_480p_and_720p.gguf", 832),
+    ],
+)
+def test_the_size_is_told_by_a_word_of_the_nearest_name(name, width):
+    spec = PRESETS["wan2.1-i2v-14b-480p"].transformer
+    made = defaults_for("i2v", spec, 1, name)
+    assert (made.width, made.shift) == (width, 5.0 if width == 1280 else 3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("models/lightx2v/wan2.1_t2v_14B.safetensors", 50),
+        ("models--lightx2v--Wan2.1-T2V-14B/model.safetensors", 50),
+        ("models--lightx2v--Wan2.1-T2V-14B", 50),
+        ("models--lightx2v--Wan2.1-T2V-14B-StepDistill/model.safetensors", 4),
+        ("Wan2.1-T2V-14B-StepDistill-CfgDistill/distill_model.safetensors", 4),
+        ("lightx2v/wan2.1_t2v_4step.safetensors", 4),
+    ],
+)
+def test_only_the_file_or_its_repository_says_that_it_is_distilled(name, steps):
+    spec = PRESETS["wan2.1-t2v-14b"].transformer
+    assert defaults_for("t2v", spec, 1, name).steps == steps
+
+
 def test_both_experts_of_a_distilled_model_go_without_guidance():
     made = defaults_for("t2v", PRESETS["wan2.2-t2v-a14b"].transformer, 2, "a14b_lightx2v_high")
     assert (made.guidance, made.guidance_low, made.shift) == (1.0, 1.0, 5.0)

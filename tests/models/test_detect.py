@@ -55,6 +55,7 @@ def test_the_config_of_the_5b_model_does_not_make_it_an_image_model():
         ("skyreels-v2-diffusion-forcing.gguf", "df"),
         ("SkyReels-V2-T2V-14B-540P/model.safetensors", "t2v"),
         ("skyreels_pdf.gguf", "t2v"),
+        ("models--Skywork--SkyReels-V2-T2V/3df1/model.safetensors", "t2v"),
         ("wan_df.gguf", "t2v"),
         ("wan.gguf", "t2v"),
     ],
@@ -68,6 +69,16 @@ def test_the_names_of_folders_above_count(tmp_path):
     folder.mkdir(parents=True)
     path = original(folder, tensors_of(T2V), T2V)
     assert open_transformer(path)[1].variant == "df"
+
+
+@pytest.mark.parametrize(("kind", "variant"), [("DF", "df"), ("T2V", "t2v")])
+def test_the_number_of_a_commit_does_not_count(tmp_path, kind, variant):
+    """It neither says df nor hides the repository's name, above two folders of its own."""
+    repository = tmp_path / f"models--Skywork--SkyReels-V2-{kind}-14B-540P"
+    folder = repository / "snapshots" / ("3df4" * 10) / "split_files" / "diffusion_models"
+    folder.mkdir(parents=True)
+    path = original(folder, tensors_of(T2V), T2V)
+    assert open_transformer(path)[1].variant == variant
 
 
 def test_norms_before_cross_attention_may_be_absent():

@@ -246,7 +246,8 @@ REFUSED = {  # id: (kind, damage, part of the message)
     "experts of two models": (
         "i2v-2.2",
         lambda folder, other: copy_part(other("t2v-2.2"), folder, "transformer_2"),
-        "found a t2v transformer of 2 blocks, width 24, 16 channels beside a i2v transformer",
+        "found a transformer of kind t2v, 2 blocks, width 24, 16 channels beside a transformer of "
+        "kind i2v,",
     ),
     "no low-noise expert": (
         "i2v-2.2",
@@ -318,9 +319,8 @@ def test_the_digest_of_single_files_is_that_of_what_they_hold(folders, tmp_path)
     moved = [text.replace("/files", "/elsewhere") for text in (name, *(path for _, path in parts))]
     there = tuple(zip((part for part, _ in parts), moved[1:], strict=True))
     assert open_model(moved[0], there).digest == digest
-    swapped = dict(there) | {"low_noise": moved[0]}
-    high = dict(there)["low_noise"]
-    assert open_model(high, tuple(swapped.items())).digest != digest
+    swapped = dict(there) | {"high_noise": dict(there)["low_noise"], "low_noise": moved[0]}
+    assert open_model(moved[0], tuple(swapped.items())).digest != digest
     edit_json(tmp_path / "elsewhere" / "config.json", eps=1e-3)
     assert open_model(moved[0], there).digest != digest
 

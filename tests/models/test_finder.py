@@ -244,14 +244,59 @@ def test_a_file_that_is_no_transformer_is_refused(models):
         ("Wan2_2-T2V-A14B_HIGH_fp8.safetensors", "Wan2_2-T2V-A14B_LOW_fp8.safetensors"),
         ("HighNoise/Wan2.2-HighNoise-Q4.gguf", "LowNoise/Wan2.2-LowNoise-Q4.gguf"),
         ("high_noise_model/wan2.2.gguf", "low_noise_model/wan2.2.gguf"),
+        ("wan22I2VHigh.safetensors", "wan22I2VLow.safetensors"),
+        ("wan22_i2vLowV2.gguf", "wan22_i2vHighV2.gguf"),
+        ("low_vram_high_noise_14B.gguf", "low_vram_low_noise_14B.gguf"),
+        ("Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf", "Wan2.2-T2V-A14B-LowNoise-Q5_K_M.gguf"),
+        ("HighNoise/wan-HighNoise-Q8_0.gguf", "LowNoise/wan-LowNoise-fp8_scaled.safetensors"),
     ],
 )
 def test_experts_are_found_in_pairs_by_their_names(tmp_path, high, low):
     folder = tmp_path / "models" / "unet"
     files = tuple(trees.transformer(folder / name, LARGE) for name in (high, low))
     trees.companions(folder.parent, TEXT, VAE)
+    trees.transformer(folder / "another_low_noise_Q4_K_M.gguf", LARGE)
+    if "Low" in high:
+        files = files[::-1]
     for file in files:
         assert find_model(str(file)).transformers == files
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wan22I2VHigh.safetensors", "put wan22I2VLow.safetensors into"),
+        ("low/wan2.2_t2v_14B.gguf", "--high-noise"),
+        ("low_noise_model/wan.gguf", "--high-noise"),
+        ("Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf", "--low-noise"),  # two others lie beside
+    ],
+)
+def test_half_a_model_asks_for_the_other_half(models, name, words):
+    file = trees.transformer(models / "unet" / name, LARGE)
+    trees.companions(models, TEXT, VAE)
+    for quant in ("Q5_K_M", "Q8_0"):
+        trees.touch(file.parent / f"Wan2.2-T2V-A14B-LowNoise-{quant}.gguf")
+    assert words in refusal(str(file))
+
+
+def test_one_file_is_not_both_experts(models, tmp_path):
+    high = trees.transformer(models / "unet" / "Wan2.2-T2V-A14B-HighNoise-Q4.gguf", LARGE)
+    low = trees.transformer(models / "unet" / "Wan2.2-T2V-A14B-LowNoise-Q4.gguf", LARGE)
+    mine = trees.transformer(models / "unet" / "mine.gguf", LARGE)
+    link = tmp_path / "link.gguf"
+    link.hardlink_to(mine)
+    folder = trees.diffusers_folder(tmp_path / "a14b", LARGE, boundary_ratio=0.875)
+    trees.companions(models, TEXT, VAE)
+    for model, part, file in (
+        (high, "low_noise", high),
+        (high, "high_noise", low),
+        (mine, "low_noise", link),
+        (mine, "high_noise", mine),
+        (folder, "low_noise", folder / "transformer"),
+    ):
+        message = refusal(str(model), ((part, str(file)),))
+        assert message.startswith(f"--{part.replace('_', '-')}: ")
+        assert "would be the high-noise and the low-noise expert" in message
 
 
 def test_a_missing_expert_is_asked_for(models):
@@ -270,7 +315,18 @@ def test_a_missing_expert_is_asked_for(models):
 
 def test_high_and_low_in_other_words_make_no_expert(models):
     trees.companions(models, TEXT, VAE)
-    for name in ("wan2.1_low_vram.gguf", "Rectified_Flow.gguf", "wan2.2_5B_slow.gguf"):
+    for name in (
+        "wan2.1_low_vram.gguf",
+        "Rectified_Flow.gguf",
+        "wan2.2_5B_slow.gguf",
+        "low_vram/wan2.2_t2v_14B.gguf",
+        "Wan2.2-TI2V-5B-low-vram.safetensors",
+        "low/wan2.2_ti2v_5B_fp16.safetensors",
+        "wan22TI2VHigh.safetensors",
+        "Wan2.2 anime low poly.gguf",
+        "wan2.2_t2v_HighRes.gguf",
+        "wan2.2-i2v-rapid-aio-low.gguf",
+    ):
         file = trees.transformer(models / "unet" / name)
         assert find_model(str(file)).transformers == (file,)
 
@@ -407,6 +463,7 @@ def test_loops_unreadable_and_huge_folders_end(tmp_path, monkeypatch):
     file = trees.touch(folder / "a" / "wan.gguf")
     (folder / "a" / "loop").symlink_to(folder)
     (folder / "dangling.gguf").symlink_to(tmp_path / "none")
+    os.mkfifo(folder / "pipe.gguf")
     closed = folder / "closed"
     closed.mkdir()
     closed.chmod(0)
@@ -417,7 +474,7 @@ def test_loops_unreadable_and_huge_folders_end(tmp_path, monkeypatch):
     for index in range(500):
         (folder / f"{index}.txt").touch()
     begin = time.perf_counter()
-    assert [path for path in walk(folder) if path.is_file()] == [file]
+    assert list(walk(folder)) == [folder / "dangling.gguf", file]
     assert time.perf_counter() - begin < 5  # 0.01 s measured
     closed.chmod(0o700)
     monkeypatch.setattr(catalogue, "MAX_ENTRIES", 100)

@@ -174,6 +174,14 @@ def test_a_scaled_convolution_reads_as_plain_values(tmp_path):
     assert torch.equal(found, patch.float() * scale.view(-1, 1, 1, 1, 1))
 
 
+def test_what_no_layer_of_its_kind_scales_is_plain_fp8(tmp_path):
+    tensors = stored("scaled_fp8")[0] | {"shared.weight": values(seed=1)}
+    source = open_file(tmp_path, tensors | {"text.blocks.0.ffn.0.weight": values(seed=2)})
+    assert source.matrix("shared.weight").scale is None
+    assert source.matrix("text.blocks.0.ffn.0.weight").scale is None
+    assert source.matrix(f"{LAYER}.weight").scale is not None
+
+
 def test_a_source_without_fp8_comes_back_itself(tmp_path):
     save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
     source = open_weights(tmp_path / "x.safetensors")
@@ -201,6 +209,16 @@ REFUSED = {  # id: (tensors beside the matrix, metadata, part of the message)
         "of float8_e4m3fn, said to be float8_e5m2",
     ),
     "second scale": ({f"{LAYER}.weight_scale_2": SCALE}, {}, "a second scale as nvfp4 has"),
+    "two scales": (
+        {f"{LAYER}.weight_scale": SCALE, f"{LAYER}.scale_weight": SCALE + 1},
+        {},
+        f"tensors {LAYER}.scale_weight and {LAYER}.weight_scale, two scales of one matrix",
+    ),
+    "scale lost": (
+        {"blocks.1.ffn.0.weight": values(), "blocks.1.ffn.0.scale_weight": SCALE},
+        {},
+        f"tensor {LAYER}.weight in fp8 without a scale, which others of its kind have",
+    ),
     "scale of blocks": ({f"{LAYER}.weight_scale": torch.ones(ROWS, 2)}, {}, "one for each of 5"),
     "whole scale": ({f"{LAYER}.weight_scale": torch.tensor(2)}, {}, "of int64 and shape"),
     "scale of no layer": ({"other.scale_weight": SCALE}, {}, "tensor other.weight is missing"),

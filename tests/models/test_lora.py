@@ -89,6 +89,16 @@ MISFITS = {
         "factors of different rank: down [4, 32] and up [32, 8]",
         2,
     ),
+    "whole numbers": (
+        {name: tensor.to(torch.int8) for name, tensor in pair().items()},
+        "of type int8, not floating point",
+        2,
+    ),
+    "whole differences": (
+        {ROOT + "ffn.0.diff": noise(64, 32).to(torch.int8)},
+        "of type int8, not floating point",
+        1,
+    ),
     "rank 0": (pair(rank=0), "factors for a layer of [32, 32], and", 2),
     "factors are vectors": (
         {ROOT + "ffn.0.lora_A.weight": noise(32), ROOT + "ffn.0.lora_B.weight": noise(64)},
@@ -162,7 +172,7 @@ MISFITS = {
     ),
     "the same layer twice": (
         pair("cross_attn.o", root="blocks.0."),
-        "the same as ",
+        "a second entry for the same layer",
         2,
     ),
     "text encoder": (
@@ -270,6 +280,8 @@ REFUSED = {
     "lokr_w1": "LoKr entries (lokr_*)",
     "lora_mid.weight": "entries with a middle factor (lora_mid)",
     "oft_blocks": "OFT entries",
+    "lora_A.scale_weight": "fp8 factors that have scales of their own",
+    "lora_up.weight_scale": "fp8 factors that have scales of their own",
 }
 
 
@@ -292,6 +304,35 @@ def test_values_that_are_not_finite_are_refused(opened, entry, value):
     block = load_block(TEXT, Source(random_weights(TEXT)), 0, torch.float32)
     with pytest.raises(WeightError, match=f"tensor {ROOT}self_attn.q.{entry} with NaN or infinity"):
         load_change(file, file.match(TEXT), "blocks.0", block)
+
+
+def test_a_lora_for_both_experts_is_refused(opened):
+    """On each expert, half of the entries would be the other's."""
+    with pytest.raises(WeightError, match=r"for both experts, such as .*; split it"):
+        opened(pair(root="transformer.blocks.0.") | pair(root="transformer_2.blocks.0."))
+
+
+def test_a_lora_for_the_low_noise_expert_says_so(opened):
+    words = "for the low-noise expert: FILE:0,1"
+    low = opened(pair(root="transformer_2.blocks.0.")).match(TEXT)
+    assert words in "\n".join(low.describe())
+    assert words not in "\n".join(opened(pair()).match(TEXT).describe())
+
+
+def test_second_entries_are_one_line_of_the_report(opened):
+    twice = pair("self_attn.q") | pair("self_attn.k")
+    again = {name.removeprefix("diffusion_model."): t.clone() for name, t in twice.items()}
+    _, *lines = opened(twice | again).match(TEXT).describe()
+    (line,) = lines
+    assert line.startswith("not applied: 4 x a second entry for the same layer (")
+
+
+def test_a_path_without_a_file_is_refused_in_the_words_of_loras(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    for path in (tmp_path, tmp_path / "gone.safetensors"):
+        with pytest.raises(WeightError, match="LoRA") as caught:
+            open_lora(path)
+        assert "model's weights" not in str(caught.value)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):
@@ -321,21 +362,26 @@ def test_a_lora_of_an_image_model_applies_to_a_text_model_but_for_its_image_laye
     assert 0.5 < report.share < 1
 
 
+def said(part="transformer", **settings):
+    """Metadata as diffusers writes them."""
+    own = {f"{part}.{name}": value for name, value in settings.items()}
+    return {"lora_adapter_metadata": json.dumps(own)}
+
+
 @pytest.mark.parametrize(
     ("alpha", "metadata", "scale"),
     [
         (None, {}, 1.0),
         (8.0, {}, 8 / RANK),
-        (8.0, {"use_rslora": "true"}, 8 / RANK**0.5),
-        (8.0, {"use_rslora": "False"}, 8 / RANK),
-        (None, {"use_rslora": "True"}, 1.0),
-        (8.0, {"lora_alpha": "2"}, 8 / RANK),  # a layer's own alpha comes first
-        (None, {"lora_alpha": "2"}, 2 / RANK),
-        (
-            8.0,
-            {"lora_adapter_metadata": json.dumps({"transformer.use_rslora": True})},
-            8 / RANK**0.5,
-        ),
+        (8.0, said(use_rslora=True), 8 / RANK**0.5),
+        (8.0, said(use_rslora="true"), 8 / RANK**0.5),
+        (8.0, said(use_rslora="False"), 8 / RANK),
+        (None, said(use_rslora=True), 1.0),
+        (8.0, said(lora_alpha=2), 8 / RANK),  # a layer's own alpha comes first
+        (None, said(lora_alpha=2), 2 / RANK),
+        (None, said("transformer_2", lora_alpha=2), 2 / RANK),
+        (None, {"lora_alpha": "64", "rank": "64"}, 1.0),  # a note for people
+        (None, {"lora_alpha": "64", "use_rslora": "true"}, 1.0),
         (8.0, {"lora_adapter_metadata": "{broken"}, 8 / RANK),
         (8.0, {"ss_network_alpha": "1", "format": "pt"}, 8 / RANK),
     ],
@@ -348,7 +394,7 @@ def test_scale_of_the_factors(opened, alpha, metadata, scale):
 
 def test_an_alpha_that_is_no_number_is_refused(opened):
     with pytest.raises(WeightError, match="an alpha of 'much' in its settings, expected a number"):
-        opened(pair(), {"lora_alpha": "much"})
+        opened(pair(), said(lora_alpha="much"))
 
 
 def test_shards_are_one_lora(tmp_path):

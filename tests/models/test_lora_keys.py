@@ -97,6 +97,9 @@ def test_special_names(name, target):
         (".lokr_w2_b", "lokr"),
         (".lora_mid.weight", "tucker"),
         (".oft_blocks", "oft"),
+        (".lora_A.scale_weight", "scaled"),
+        (".lora_up.weight_scale", "scaled"),
+        (".lora_B.default.weight.scale_weight", "scaled"),
     ],
 )
 def test_what_an_entry_holds(ending, kind):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import pickle
 
 import pytest
@@ -164,6 +165,14 @@ def test_a_file_that_is_something_else_is_refused(tmp_path, case):
 def test_a_missing_file_is_named(tmp_path, name):
     with pytest.raises(WeightError, match=f"{name}: found no such file"):
         open_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.gguf", "x.pth", "x.safetensors.index.json"])
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for opened in (tmp_path / name, tmp_path):
+        with pytest.raises(WeightError, match=f"{name}: found a pipe"):
+            open_weights(opened)
 
 
 def test_names_that_no_disk_can_hold_are_refused(tmp_path):

@@ -38,8 +38,9 @@ def stages():
     return CardStages(cpu_card(0))
 
 
-def decode(stages, model, start, stop, stream="job"):
-    return unpack(stages.decode(DecodeCall(model, stream, start, stop), PACKET))[0]["frames"]
+def decode(stages, model, start, stop, stream="job", tile=0, packet=PACKET):
+    call = DecodeCall(model, stream, start, stop, tile)
+    return unpack(stages.decode(call, packet))[0]["frames"]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,34 @@ def test_streams_do_not_mix_and_are_bounded(stages, model, whole):
     stages.end_stream(names[-1])
     assert stages.held_bytes()["vae_streams"] == one
     stages.end_stream("never begun")
+
+
+WIDE = pack({"latents": latents_of(LatentShape(4, NUM_LATENTS, 6, 5))})
+
+
+@pytest.fixture(scope="module")
+def tiled(model):
+    """(T, H, W, 3) uint8: all latents in one call, in 2 x 2 tiles."""
+    return decode(CardStages(cpu_card(0)), model, 0, NUM_LATENTS, tile=32, packet=WIDE)
+
+
+@pytest.mark.parametrize("cuts", [[1, 4], [WARM_UP_LATENTS + 3]], ids=str)
+def test_tiles_decoded_in_any_calls_give_the_bits_of_one(stages, model, tiled, cuts):
+    assert tiled.shape == (4 * NUM_LATENTS - 3, 48, 40, 3)
+    bounds = zip([0, *cuts], [*cuts, NUM_LATENTS], strict=True)
+    parts = [decode(stages, model, *bound, tile=32, packet=WIDE) for bound in bounds]
+    assert torch.equal(torch.cat(parts), tiled)
+    assert stages.held_bytes()["vae_streams"] == 0
+    assert stages.parked_bytes() > 0
+    stages.end_stream("job")
+    assert stages.parked_bytes() == 0
+
+
+@pytest.mark.parametrize("start", [3, WARM_UP_LATENTS + 2])
+def test_another_card_takes_tiles_over_with_the_same_bits(stages, model, tiled, start):
+    decode(stages, model, start - 1, start, packet=WIDE)  # whole: its caches are of no use
+    frames = decode(stages, model, start, start + 1, tile=32, packet=WIDE)
+    assert torch.equal(frames, tiled[pixels(start, start + 1)])
 
 
 def test_held_bytes_count_what_is_loaded_and_free_drops_it(stages, model):
@@ -194,6 +223,17 @@ def test_images_become_channels_and_features(stages, image_models):
     assert stages.held_bytes()["image_encoder"] == encoder.num_bytes > 0
     again, _ = unpack(CardStages(cpu_card(0)).encode_image(ImageCall(model, 48, 32, 9), packet))
     assert all(torch.equal(again[name], tensor) for name, tensor in made.items())
+
+
+def test_tiles_of_an_image_call_are_honoured(stages, image_models):
+    packet, _ = images_packet((40, 64))
+    call = ImageCall(image_models["i2v-2.2"], 64, 40, 5)
+    whole, tiled = (
+        unpack(stages.encode_image(replace(call, tile=tile), packet)) for tile in (0, 32)
+    )
+    assert tiled[0]["condition"].shape == whole[0]["condition"].shape
+    assert not torch.equal(tiled[0]["condition"], whole[0]["condition"])
+    assert tiled[1]["key"] != whole[1]["key"]
 
 
 def test_an_image_becomes_the_first_latent_frame(stages, image_models):

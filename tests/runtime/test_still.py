@@ -1,6 +1,7 @@
 """Images from disk, compared with Pillow's reading of them."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,13 @@ def test_what_is_no_image_is_one_sentence(tmp_path, monkeypatch):
         read_still(tmp_path / "none.png")
     with pytest.raises(ConfigError, match="directory"):
         read_still(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ConfigError, match="is a pipe"):
+        read_still(tmp_path / "pipe.png")
+    frames = [picture(64, 48), picture(64, 48).rotate(90)]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+    with pytest.raises(ConfigError, match="is an animated WebP; give a PNG"):
+        read_still(tmp_path / "moving.webp")
     (tmp_path / "small.png").write_bytes(png.getvalue())
     monkeypatch.setattr(still, "MAX_PIXELS", 1000)
     with pytest.raises(ConfigError, match="more than 1000 pixels"):

@@ -98,6 +98,29 @@ def test_run_dir_keeps_job_events_latents_and_the_last_two_steps(here):
     assert len(list((settings.run_dir / "snapshots").iterdir())) == 2
 
 
+def test_a_card_that_holds_a_part_of_the_blocks_gives_the_same_bits(here, tmp_path):
+    """As planned for less memory than the model's weights: four of six blocks come by in turns."""
+    settings = demo_settings(tmp_path)
+    card = cpu_card(0, 33 * 2**20)
+    pool = InProcessPool(card, torch.get_num_threads(), Events())
+    try:
+        cards = [pool_card(info.name, info.host, info.card) for info in pool.workers]
+        plan = make_plan([settings], [find_spec("demo")], cards)
+        ((_, memory),) = plan.jobs[0].memory
+        assert memory.ring_slots == 2
+        assert len(memory.resident_blocks) < 4
+        assert memory.vae_tile == 0
+        (result,) = Executor(pool, Events()).run([JobContext.open(settings)], plan)
+        held = pool._worker._stages.held_bytes()["transformer"]
+        whole = find_spec("demo").transformer.num_params * 4
+        assert held < 0.95 * whole
+        assert held <= dict(memory.peak_bytes)["denoise"]
+    finally:
+        pool.close()
+    assert torch.equal(load_file(result.latents)["latents"], here[1])
+    assert (read_frames(settings.output) == read_frames(here[0].output)).all()
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("strategy", ROUTES)
 def test_every_route_on_ray_gives_the_bits_of_this_process(strategy, here, ray_pool, tmp_path):

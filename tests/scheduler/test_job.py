@@ -187,7 +187,7 @@ def test_settings_become_json_and_are_complete():
     content = json.loads(json.dumps(made.as_json()))
     assert content["output"] == str(made.output)
     assert content["save_latents"] == str(made.save_latents)
-    assert [k for k, v in content.items() if v is None] == ["image", "last_image"]
+    assert [k for k, v in content.items() if v is None] == ["image", "last_image", "reserve"]
 
 
 def test_job_file_with_every_form(folder):
