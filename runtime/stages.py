@@ -278,6 +278,8 @@ def prompt_key(model: ModelRef, prompt: str) -> str:
 def memory_error(card: Card, what: str, error: Exception) -> OutOfDeviceMemory | None:
     """The allocator's refusal as our own error; None if the error is something else."""
     refused = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    if refused or "allocate memory" in str(error):
+    # the second is what oneDNN says when it gets no scratch memory for a kernel
+    words = ("allocate memory", "could not create a primitive")
+    if refused or any(part in str(error) for part in words):
         return OutOfDeviceMemory(card.name, what, card.memory_bytes)
     return None
