@@ -88,7 +88,9 @@ class MissingTensor(WeightError):
 
     def __str__(self) -> str:
         tail = f"; {self.advice}" if self.advice else ""
-        return f"{self.file}: tensor {self.tensor} is missing, expected {self.expected}{tail}"
+        # an index may name anything; a line break would make two sentences of one
+        name = self.tensor if self.tensor.isprintable() else repr(self.tensor)
+        return f"{self.file}: tensor {name} is missing, expected {self.expected}{tail}"
 
 
 class ShapeMismatch(WeightError):

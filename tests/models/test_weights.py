@@ -225,3 +225,7 @@ def test_random_damage_gives_tensors_or_a_weight_error(tmp_path_factory, flips, 
             assert tensor.nbytes == source.info(name).num_bytes <= length
     except WeightError as error:
         assert str(path) in str(error)  # noqa: PT017  either outcome is right
+
+
+def test_a_missing_tensor_of_an_odd_name_is_still_one_line():
+    assert "tensor 'a\\nb' is missing" in str(MissingTensor("f", "a\nb", "it"))
