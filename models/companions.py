@@ -72,7 +72,7 @@ USUALS = (VAE21, VAE22, TEXT_ENCODER, IMAGE_ENCODER)
 
 _SOME_VAE = re.compile(r"(?<![a-z])(vae|tae[a-z]*\d)", re.IGNORECASE)  # TAEHV's are called taew2_1
 _Z_DIM_22 = 48
-_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 _TOKENIZER_FOLDERS = ("", "tokenizer", "google/umt5-xxl", "umt5-xxl")
 
 
@@ -152,7 +152,7 @@ def find_tokenizer(text_encoder: Path) -> Path | None:
     """
     for folder in (text_encoder, text_encoder.parent, text_encoder.parent.parent):
         for inner in _TOKENIZER_FOLDERS:
-            for name in _TOKENIZER_FILES:
+            for name in TOKENIZER_FILES:
                 if (folder / inner / name).is_file():
                     return folder / inner / name
     return None

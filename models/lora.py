@@ -6,7 +6,7 @@ cannot run beside a product, a difference of a norm, a bias or a modulation, is 
 that vector. Here entries are read, checked against a model's geometry and reported; how they get
 onto weights is in `lora_weights`.
 
-Source: facts/wan.md section 3.
+Source: the loaders of diffusers, ComfyUI and lightx2v.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _ALONE = {
     "up": "an up factor without its down factor",
     "": "an alpha or a bias without factors",
 }
-_SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}  # facts/wan.md section 1.1
+_SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}  # Wan's widths
 _SQUARE = tuple(f"{part}_attn.{layer}" for part in ("self", "cross") for layer in "qkvo")
 
 

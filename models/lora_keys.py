@@ -5,7 +5,7 @@ holds, and from its front, where a tool's prefix is taken off until a layer of t
 remains. Names whose dots became underscores are looked up among the layers' names written that
 way. It knows neither shapes nor whether a model has the layer (`lora`).
 
-Source: facts/wan.md section 3; ComfyUI, kijai's wrapper, diffusers and lightx2v read these names.
+Source: the names that ComfyUI, kijai's wrapper, diffusers and lightx2v read.
 """
 
 from __future__ import annotations

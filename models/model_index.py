@@ -71,7 +71,7 @@ def folder_defaults(folder: Path, defaults: ModelDefaults) -> ModelDefaults:
     """
     scheduler, own = folder / SCHEDULER, folder / OWN
     if scheduler.exists():
-        shift = _number(scheduler, read_json(scheduler), "flow_shift", defaults.shift)
+        shift = number(scheduler, read_json(scheduler), "flow_shift", defaults.shift)
         defaults = replace(defaults, shift=shift)
     if not own.exists():
         return defaults
@@ -94,10 +94,11 @@ def _checked(path: Path, key: str, values: Mapping[str, object], like: object) -
             found = f"{key} {value!r}"
             raise WeightError(str(path), found, f"a whole number from 1 to {MAX_NUMBER}")
         return value
-    return _number(path, values, key, 0.0)
+    return number(path, values, key, 0.0)
 
 
-def _number(path: Path, config: Mapping[str, object], key: str, default: float) -> float:
+def number(path: Path, config: Mapping[str, object], key: str, default: float) -> float:
+    """A number of at least 0 in a JSON file, or the default; raises WeightError."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
         raise WeightError(str(path), f"{key} {value!r}", "a number of at least 0")

@@ -15,7 +15,7 @@ from .catalogue import is_diffusers
 from .detect import ModelTraits, variant_of
 from .finder import DEMO_FOLDER, existing, make_search, model_path, parts_of
 from .jsonfile import read_json
-from .model_index import read_index
+from .model_index import number, read_index
 from .parts import Parts
 from .presets import find_preset
 from .spec import ImageEncoderSpec, ModelSpec, TextSpec, TransformerSpec, VaeSpec
@@ -118,7 +118,7 @@ def _transformer_spec(path: Path) -> TransformerSpec:
         out_channels=out_channels,
         text_dim=_count(path, config, "text_dim"),
         freq_dim=_count(path, config, "freq_dim"),
-        eps=_number(path, config, "eps", 1e-6),
+        eps=number(path, config, "eps", 1e-6),
         cross_norm=_flag(path, config, "cross_attn_norm", True),
         image_dim=_count(path, config, "image_dim") if has_image else 0,
         image_positions=_count(path, config, "pos_embed_seq_len") if has_positions else 0,
@@ -151,7 +151,7 @@ def _image_encoder(folder: Path | None, transformer: TransformerSpec) -> ImageEn
         image_size=_count(path, config, "image_size", usual.image_size),
         patch_size=_count(path, config, "patch_size", usual.patch_size),
         activation=activation,
-        eps=_number(path, config, "layer_norm_eps", usual.eps),
+        eps=number(path, config, "layer_norm_eps", usual.eps),
     )
 
 
@@ -189,7 +189,7 @@ def _text_spec(path: Path) -> TextSpec:
         ffn_dim=_count(path, config, "d_ff"),
         num_buckets=_count(path, config, "relative_attention_num_buckets"),
         max_distance=_count(path, config, "relative_attention_max_distance", defaults.max_distance),
-        eps=_number(path, config, "layer_norm_epsilon", defaults.eps),
+        eps=number(path, config, "layer_norm_epsilon", defaults.eps),
     )
 
 
@@ -211,10 +211,3 @@ def _count(
     if type(value) is not int or not 0 < value <= at_most:
         raise WeightError(str(path), f"{key} {value!r}", f"a whole number from 1 to {at_most}")
     return value
-
-
-def _number(path: Path, config: Mapping[str, object], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
-        raise WeightError(str(path), f"{key} {value!r}", "a number of at least 0")
-    return float(value)

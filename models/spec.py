@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 IMAGE_TOKENS = 257  # rows of features of one image, as ViT-H/14 gives them at 224 pixels
+# Few rows take other matrix kernels, and which ones depends on the number of threads: a row's bits
+# were the same for every row count from 12 up with 1 and 2 threads, and not below (MKL, float32;
+# 1 row also in bfloat16). Products over frames, text or image rows are therefore padded to this
+# multiple.
+ROW_MULTIPLE = 32
 TEXT_LENGTH = 512  # rows the transformer cross-attends, padding included (Wan pads always)
+
+
+def rounded_up(rows: int) -> int:
+    """The next multiple of ROW_MULTIPLE."""
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 @dataclass(frozen=True)

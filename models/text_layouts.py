@@ -9,7 +9,6 @@ llama.cpp, gguf-py/gguf/constants.py.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from reelpool.errors import MissingTensor, WeightError
 from .fp8 import with_scales
 from .keys import text_tensors
 from .spec import TextSpec
-from .weights import RenamedSource, WeightSource, check_tensors
+from .weights import RenamedSource, WeightSource, check_tensors, full_shape
 
 WANTED = "Wan's text encoder: UMT5-XXL"
 ADVICE = "usual files: umt5_xxl_fp16.safetensors, umt5-xxl-encoder-Q8_0.gguf"
@@ -169,12 +168,12 @@ def _check_tables(
 
 def _geometry(source: WeightSource, num_layers: int, config: Mapping[str, object]) -> TextSpec:
     """Sizes by shapes; what they cannot tell by the config, or as UMT5-XXL has it."""
-    vocab_size, _ = _shape(source, SHARED, 2)
-    (dim,) = _shape(source, FINAL_NORM, 1)
-    inner, _ = _shape(source, f"encoder.block.0.{ATTENTION}.q.weight", 2)
+    vocab_size, _ = full_shape(source, SHARED, 2)
+    (dim,) = full_shape(source, FINAL_NORM, 1)
+    inner, _ = full_shape(source, f"encoder.block.0.{ATTENTION}.q.weight", 2)
     table = f"encoder.block.0.{ATTENTION}.relative_attention_bias.weight"
-    num_buckets, num_heads = _shape(source, table, 2)
-    ffn_dim, _ = _shape(source, f"encoder.block.0.{FFN}.wi_0.weight", 2)
+    num_buckets, num_heads = full_shape(source, table, 2)
+    ffn_dim, _ = full_shape(source, f"encoder.block.0.{FFN}.wi_0.weight", 2)
     if inner % num_heads:
         table = source.info(table).name
         found = f"{inner} rows of queries for the {num_heads} heads of tensor {table}"
@@ -202,11 +201,3 @@ def _geometry(source: WeightSource, num_layers: int, config: Mapping[str, object
         max_distance=max_distance,
         eps=float(eps),
     )
-
-
-def _shape(source: WeightSource, name: str, rank: int) -> tuple[int, ...]:
-    info = source.info(name)
-    if len(info.shape) != rank or math.prod(info.shape) == 0:
-        found = f"tensor {info.name} of shape {list(info.shape)}"
-        raise WeightError(source.where, found, f"{rank} axes, none of them empty")
-    return info.shape

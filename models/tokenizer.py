@@ -19,12 +19,12 @@ from tokenizers.models import Unigram
 
 from reelpool.errors import WeightError
 
+from .companions import TOKENIZER_FILES
 from .gguf_source import GgufSource
 from .jsonfile import MAX_BYTES, read_json
 from .spec import TextSpec
 from .weights import WeightSource
 
-FILE_NAMES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 TENSOR = "spiece_model"  # ComfyUI's name of the SentencePiece bytes inside of a text encoder
 GGUF = "tokenizer.ggml."
 ADVICE = "put tokenizer.json or spiece.model of google/umt5-xxl into a folder `tokenizer` beside it"
@@ -111,8 +111,8 @@ def find_tokenizer(text_encoder: WeightSource, tokenizer: Path | None = None) ->
 
 
 def _from_path(path: Path) -> TokenizerSource:
-    if path.is_dir() and path.name not in FILE_NAMES:
-        files = [path / name for name in FILE_NAMES]
+    if path.is_dir() and path.name not in TOKENIZER_FILES:
+        files = [path / name for name in TOKENIZER_FILES]
         path = next((file for file in files if file.exists()), files[0])
     if not path.exists():
         raise WeightError(str(path), "no such file", "a tokenizer.json or spiece.model", ADVICE)

@@ -20,7 +20,7 @@ from .presets import WAN21_VAE, WAN22_VAE
 from .spec import VaeSpec
 from .vae_config import vae_spec_from_config
 from .wan_vae import expected_tensors
-from .weights import RenamedSource, WeightSource, check_tensors
+from .weights import RenamedSource, WeightSource, check_tensors, full_shape
 
 WANTED = "a Wan video VAE"
 ADVICE = "usual files: wan_2.1_vae.safetensors, wan2.2_vae.safetensors (for TI2V-5B)"
@@ -202,15 +202,15 @@ def _geometry(source: WeightSource) -> dict[str, object]:
     if not 0 < num_stages <= MAX_STAGES or not 0 < num_blocks <= MAX_BLOCKS:
         found = f"{num_stages} decoder stages of {num_blocks + 1} blocks"
         raise WeightError(source.where, found, f"1 to {MAX_STAGES} of 2 to {MAX_BLOCKS + 1}")
-    base, in_channels = _shape(source, "encoder.conv_in.weight", 5)[:2]
-    out_channels, last_width = _shape(source, "decoder.conv_out.weight", 5)[:2]
+    base, in_channels = full_shape(source, "encoder.conv_in.weight", 5)[:2]
+    out_channels, last_width = full_shape(source, "decoder.conv_out.weight", 5)[:2]
     mults, down = [], []
     for stage in range(num_stages):
         index = stage * (num_blocks + 1)  # in 2.1 a flat list: a stage's blocks, then resampling
         first, last = f"{index}", f"{index + num_blocks}"
         if is_residual:
             first, last = f"{stage}.resnets.0", f"{stage}.downsampler"
-        width = _shape(source, f"encoder.down_blocks.{first}.conv1.weight", 5)[0]
+        width = full_shape(source, f"encoder.down_blocks.{first}.conv1.weight", 5)[0]
         if width % base:
             found = f"{width} channels in encoder stage {stage}"
             raise WeightError(source.where, found, f"a multiple of the first layer's {base}")
@@ -219,7 +219,7 @@ def _geometry(source: WeightSource) -> dict[str, object]:
     return {
         "base_dim": base,
         "decoder_base_dim": last_width // mults[0],
-        "z_dim": _shape(source, DIFFUSERS_PROBE, 5)[1],
+        "z_dim": full_shape(source, DIFFUSERS_PROBE, 5)[1],
         "dim_mult": mults,
         "num_res_blocks": num_blocks,
         "temperal_downsample": down[:-1],  # diffusers' spelling
@@ -234,11 +234,3 @@ def _count(names: Iterable[str], prefix: str) -> int:
     """How many numbers follow a prefix."""
     rests = (name[len(prefix) :] for name in names if name.startswith(prefix))
     return len({rest.partition(".")[0] for rest in rests})
-
-
-def _shape(source: WeightSource, name: str, rank: int) -> tuple[int, ...]:
-    info = source.info(name)
-    if len(info.shape) != rank or math.prod(info.shape) == 0:
-        found = f"tensor {info.name} of shape {list(info.shape)}"
-        raise WeightError(source.where, found, f"{rank} axes, none of them empty")
-    return info.shape

@@ -16,14 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import Linear
-from .spec import TransformerSpec
+from .spec import TransformerSpec, rounded_up
 from .wan_weights import BlockWeights, ImageWeights, TextWeights, tensors_of
 
-# Few rows take other matrix kernels, and which ones depends on the number of threads: a row's bits
-# were the same for every row count from 12 up with 1 and 2 threads, and not below (MKL, float32;
-# 1 row also in bfloat16). Products over frames, text or image rows are therefore padded to this
-# multiple.
-ROW_MULTIPLE = 32
 IMAGE_EPS = 1e-5  # of the image embedding's two norms, in every model
 
 
@@ -121,11 +116,6 @@ def image_key_value(spec: TransformerSpec, weights: BlockWeights, context: Conte
     assert weights.image_kv is not None
     assert weights.image_norm_k is not None
     return _key_value(spec, weights.image_kv, weights.image_norm_k, context)
-
-
-def rounded_up(rows: int) -> int:
-    """The next multiple of ROW_MULTIPLE."""
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def pad_rows(x: Tensor) -> Tensor:

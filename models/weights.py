@@ -217,6 +217,15 @@ def check_tensors(source: WeightSource, expected: Mapping[str, tuple[int, ...]])
             raise ShapeMismatch(info.file, info.name, info.shape, shape)
 
 
+def full_shape(source: WeightSource, name: str, rank: int) -> tuple[int, ...]:
+    """Shape of a tensor that must have `rank` axes, none of them empty; raises WeightError."""
+    info = source.info(name)
+    if len(info.shape) != rank or math.prod(info.shape) == 0:
+        found = f"tensor {info.name} of shape {list(info.shape)}"
+        raise WeightError(source.where, found, f"{rank} axes, none of them empty")
+    return info.shape
+
+
 def mapped_tensor(mapping: mmap.mmap, info: TensorInfo) -> torch.Tensor:
     """A view of a tensor's bytes in its mapped file, in its dtype and shape."""
     if info.num_bytes == 0:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -211,11 +211,11 @@ class BlockRunner:
             WeightError: if a LoRA is none for this transformer, or has values that are not finite.
         """
         self.load(blocks)
-        try:
-            return self._run(blocks, forwards, before_block, loras)
-        except BaseException:  # whatever it is: blocks that nobody waits for must not come on
-            self._close_stream()
-            raise
+        with ExitStack() as interrupted:  # blocks that nobody waits for must not come on
+            interrupted.callback(self._close_stream)
+            results = self._run(blocks, forwards, before_block, loras)
+            interrupted.pop_all()
+        return results
 
     def _run(
         self,

@@ -16,14 +16,13 @@ from itertools import groupby
 
 from ..models.keys import block_tensors, outer_tensors
 from ..models.quant_mix import counted_name, stored_type, value_bytes
-from ..models.spec import TEXT_LENGTH, LatentShape, NumericsProfile, TransformerSpec
+from ..models.spec import TEXT_LENGTH, LatentShape, NumericsProfile, TransformerSpec, rounded_up
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value of a compute type
 # Equal to linear.PIECE, DEVICE_PIECE and quant.CHUNK, DEVICE_CHUNK, which import torch (tested).
 CPU_PIECE, DEVICE_PIECE = 2**22, 2**24
 CPU_CHUNK, DEVICE_CHUNK = 2**20, 2**24
 TEXT_KV_MIN_SHARE = 0.02  # equal to block_runner's (tested)
-ROW_MULTIPLE = 32  # equal to wan_context's (tested)
 _PLAIN = ("f32", "f16", "bf16", "float64")  # what becomes the compute type on the card
 _FLOAT32 = (
     "modulation", "norm3.", "time_embedding.", "emb_pos", "img_emb.proj.0.", "img_emb.proj.4.",
@@ -114,16 +113,12 @@ def call_bytes(work: Work) -> int:
 def _standing(work: Work) -> int:
     """What lives through a whole block: residual streams, time, contexts, kept keys, rope table."""
     spec, size, rows = work.spec, work.size, TEXT_LENGTH
-    frames, image_rows = _padded(work.num_frames), _padded(spec.image_rows)
+    frames, image_rows = rounded_up(work.num_frames), rounded_up(spec.image_rows)
     streams = work.num_forwards * work.num_tokens * spec.dim * size
     times = work.num_forwards * 7 * frames * spec.dim * 4
     contexts = (work.num_forwards * rows + image_rows) * spec.dim * size
     rope = work.num_tokens * spec.head_dim // 2 * 8
     return streams + times + contexts + rope + _key_values(work)
-
-
-def _padded(rows: int) -> int:
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _key_values(work: Work) -> int:

@@ -208,7 +208,7 @@ class _Job:
         worker, job = self._plan.stage_worker("encode_image"), self._settings
         self._emit(StageStarted(self._id, "encode_image", (worker,)))
         images = self._pool.put(self._context.image_packet())
-        tile = self._plan.vae_tile(worker)
+        tile = self._plan.vae_tile
         call = ImageCall(self._model, job.width, job.height, job.frames, tile)
         return self._submit(worker, "encode_image", call, images)
 
@@ -316,7 +316,7 @@ class _Job:
         whole = self._pool.put(pack({"latents": latents}))
         stream = f"{settings.run_dir.name}/{self._id}"
         starts = range(0, total, DECODE_LATENTS)
-        tile = self._plan.vae_tile(worker)
+        tile = self._plan.vae_tile
         calls = [
             DecodeCall(self._model, stream, first, min(first + DECODE_LATENTS, total), tile)
             for first in starts

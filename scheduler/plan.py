@@ -71,10 +71,13 @@ class JobPlan:
             return None
         return Residency(frozenset(memory.resident_blocks), memory.ring_slots)
 
-    def vae_tile(self, worker: str) -> int:
-        """Pixels of a tile of the VAE on a worker's card; 0 for whole frames."""
-        memory = dict(self.memory).get(worker)
-        return memory.vae_tile if memory else 0
+    @property
+    def vae_tile(self) -> int:
+        """Pixels of a tile of the VAE; 0 for whole frames.
+
+        The leanest card's, whichever of them decodes: tiles change pixels, placement must not.
+        """
+        return min((made.vae_tile for _, made in self.memory if made.vae_tile), default=0)
 
     def expert_of(self, step: int) -> int:
         """Which expert takes a step: 0 the high-noise (or only) one, 1 the low-noise one."""

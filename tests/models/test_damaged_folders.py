@@ -80,7 +80,7 @@ def test_a_folder_in_place_of_a_file_is_named(refusal, file):
         (folder / file).unlink()
         (folder / file).mkdir()
 
-    refusal(damage, file)
+    assert file in str(refusal(damage, file))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.3, 0.7, 0.9999])
@@ -109,13 +109,15 @@ def test_garbage_in_the_header_is_named(refusal, file):
 )
 @pytest.mark.parametrize("file", JSON_FILES)
 def test_broken_json_is_named(refusal, file, content):
-    refusal(lambda folder: (folder / file).write_bytes(content), file)
+    error = refusal(lambda folder: (folder / file).write_bytes(content), file)
+    assert file in str(error)
 
 
 @pytest.mark.parametrize("content", [b"{}", b'{"model": []}'])
 def test_a_tokenizer_without_a_model_is_named(refusal, content):
     file = "tokenizer/tokenizer.json"
-    refusal(lambda folder: (folder / file).write_bytes(content), file)
+    error = refusal(lambda folder: (folder / file).write_bytes(content), file)
+    assert file in str(error)
 
 
 TENSORS = [
@@ -155,7 +157,9 @@ def test_a_tensor_too_many_in_the_transformer_is_named(refusal, tensor):
 @pytest.mark.parametrize("file", WEIGHTS)
 def test_a_missing_shard_is_named(refusal, file):
     stem = file.removesuffix(".safetensors")
-    refusal(lambda folder: shard(folder / file)[1].unlink(), f"{stem}-00002-of-00003.safetensors")
+    missing = f"{stem}-00002-of-00003.safetensors"
+    error = refusal(lambda folder: shard(folder / file)[1].unlink(), missing)
+    assert missing in str(error)
 
 
 @pytest.mark.parametrize("file", WEIGHTS)
@@ -164,7 +168,8 @@ def test_a_truncated_shard_is_named(refusal, file):
         last = shard(folder / file)[2]
         last.write_bytes(last.read_bytes()[:-1])
 
-    refusal(damage, file.replace(".safetensors", "-00003-of-00003.safetensors"))
+    truncated = file.replace(".safetensors", "-00003-of-00003.safetensors")
+    assert truncated in str(refusal(damage, truncated))
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, [], {"x": 1}, {"x": ["y"]}, {"x": "../y"}])
@@ -175,7 +180,7 @@ def test_a_broken_index_is_named(refusal, weight_map):
         shard(folder / TRANSFORMER)
         (folder / index).write_text(json.dumps({"weight_map": weight_map}))
 
-    refusal(damage, index)
+    assert index in str(refusal(damage, index))
 
 
 def test_a_tensor_the_index_forgot_is_named(refusal):

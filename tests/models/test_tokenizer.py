@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -202,9 +201,15 @@ def test_changed_bytes_end_in_a_tokenizer_or_one_sentence(tmp_path_factory, data
         content[place] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.mktemp("damaged") / "spiece.model"
     path.write_bytes(content.tobytes()[: data.draw(st.integers(1, len(content)))])
-    with suppress(WeightError):  # anything else fails the test
+    sentence, highest = "x, expected y", 0
+    try:
         source = find_tokenizer(empty(path.parent), path)
-        source.encode(source.load(SPEC), "a red ring 漢")
+        highest = max(source.encode(source.load(SPEC), "a red ring 漢").ids)
+    except WeightError as error:  # anything else fails the test
+        sentence = str(error)
+    assert ", expected " in sentence
+    assert "\n" not in sentence
+    assert highest < SPEC.vocab_size
 
 
 def test_a_table_of_characters_that_points_outside_is_refused(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reelpool.errors import InfeasiblePlan
-from reelpool.models import linear, quant, wan_context
+from reelpool.models import linear, quant
 from reelpool.models.registry import find_spec
 from reelpool.models.spec import NumericsProfile
 from reelpool.models.wan_vae import WanVae, stays_float32
@@ -37,7 +37,6 @@ def test_constants_equal_those_of_the_code_that_they_describe():
     assert (card_bytes.CPU_PIECE, card_bytes.DEVICE_PIECE) == (linear.PIECE, linear.DEVICE_PIECE)
     assert (card_bytes.CPU_CHUNK, card_bytes.DEVICE_CHUNK) == (quant.CHUNK, quant.DEVICE_CHUNK)
     assert card_bytes.TEXT_KV_MIN_SHARE == block_runner.TEXT_KV_MIN_SHARE
-    assert card_bytes.ROW_MULTIPLE == wan_context.ROW_MULTIPLE
     assert memory.STAGING_BUFFERS == swap.NUM_STAGING
     default = NumericsProfile()
     assert LADDER[0] == (default.token_chunk, default.head_groups)
